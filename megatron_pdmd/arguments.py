@@ -1,0 +1,216 @@
+"""Config to and from Megatron-style flags and YAML recipes; refuses what cannot work, naming the flag to change."""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import re
+import types
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import tyro
+import yaml
+
+from megatron_pdmd.config import Config, FlatConfig
+
+
+def load_recipe(path: Path) -> Config:
+    """Reads a YAML recipe; what it leaves out keeps the default.
+
+    Raises:
+        ValueError: not readable, not YAML, an unknown section or key (the nearest known one is named), a wrong type.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except FileNotFoundError:
+        raise ValueError(f"--config {path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config {path}: cannot be read ({error})") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config {path}: not valid YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(content, Mapping):
+        raise ValueError(f"--config {path}: expected sections such as 'training:', got {type(content).__name__}")
+    return _from_mapping(Config, content, str(path))
+
+
+def _from_mapping(cls: type, content: Mapping[str, Any], where: str) -> Any:
+    hints, values = get_type_hints(cls), {}
+    for key, value in content.items():
+        if key not in hints:
+            raise ValueError(f"{where}: unknown key '{key}'{_nearest(str(key), list(hints))}")
+        at = f"{where}: {key}"
+        if not dataclasses.is_dataclass(hints[key]):
+            values[key] = _convert(value, hints[key], at)
+        elif isinstance(value, Mapping):
+            values[key] = _from_mapping(hints[key], value, at)
+        else:
+            raise ValueError(f"{at}: expected keys below it, got {value!r}")
+    return cls(**values)
+
+
+def _convert(value: Any, hint: Any, where: str) -> Any:
+    """The YAML value as the field's type."""
+    origin, options = get_origin(hint), get_args(hint)
+    if origin in (types.UnionType, Union):
+        if value is None:
+            return None
+        return _convert(value, next(option for option in options if option is not type(None)), where)
+    if origin is tuple:
+        parts = value if isinstance(value, list) else str(value).split(",")
+        return tuple(_convert(part, options[0], where) for part in parts)
+    if options:  # a Literal
+        if value not in options:
+            raise ValueError(f"{where}: {value!r} is not one of {', '.join(map(str, options))}")
+        return value
+    if hint is bool and not isinstance(value, bool):
+        raise ValueError(f"{where}: expected true or false, got {value!r}")
+    try:
+        number = hint(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{where}: expected {hint.__name__}, got {value!r}") from None
+    if hint is int and (isinstance(value, bool) or number != float(value)):
+        raise ValueError(f"{where}: expected a whole number, got {value!r}")
+    return number
+
+
+def to_yaml(config: Config) -> str:
+    """The whole config as a recipe that `load_recipe` reads back."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, tuple):
+            return list(value)
+        return str(value) if isinstance(value, Path) else value
+
+    return yaml.safe_dump(plain(dataclasses.asdict(config)), sort_keys=False)
+
+
+def parse_arguments(arguments: Sequence[str]) -> tuple[Config, bool]:
+    """`--config FILE` first, then the flags over it.
+
+    Returns:
+        The validated config, and whether `--print-config` asked to show it.
+
+    Raises:
+        ValueError: an unknown flag (the nearest known one is named), a bad value, options that cannot work together.
+    """
+    recipe, print_config, flags = Config(), False, []
+    rest = iter(arguments)
+    for argument in rest:
+        name, _, value = argument.partition("=")
+        if name == "--config":
+            value = value or next(rest, "")
+            if not value:
+                raise ValueError("--config: name a YAML file")
+            recipe = load_recipe(Path(value))
+        elif name == "--print-config":
+            print_config = True
+        else:
+            flags.append(argument)
+    _refuse_unknown(flags)
+    messages = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(messages):
+            config = tyro.cli(FlatConfig, args=flags, default=recipe, prog="pretrain.py")
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise ValueError(_one_line(messages.getvalue())) from None
+    validate(config)
+    return config, print_config
+
+
+def _flags() -> list[str]:
+    sections = [hint for hint in get_type_hints(Config).values()]
+    return ["--" + field.name.replace("_", "-") for section in sections for field in dataclasses.fields(section)]
+
+
+def _refuse_unknown(flags: Sequence[str]) -> None:
+    known = _flags()
+    known += ["--no-" + flag[2:] for flag in known] + ["--help", "--config", "--print-config"]
+    for argument in flags:
+        name = argument.partition("=")[0].replace("_", "-")
+        if name.startswith("--") and name not in known:
+            raise ValueError(f"unknown flag '{name}'{_nearest(name, known)}")
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean '{close[0]}'?" if close else "; see --help"
+
+
+def _one_line(box: str) -> str:
+    """The message in tyro's framed error, without the frame, its title and the help text."""
+    text = " ".join(re.sub(r"[─│╭╮╰╯━┃]+", " ", box).split())
+    text = re.split(r"For full helptext|Argument helptext:", text)[0]
+    return re.sub(r"^(Parsing error|Value error|Invalid choice|Missing argument|Unrecognized options)\s+", "", text).strip()
+
+
+def validate(config: Config) -> None:
+    """Refuses what cannot work before anything is allocated. What needs the teacher's folder is checked when it is read.
+
+    Raises:
+        ValueError: one line that names the flag, what was wrong and what to do.
+    """
+    method, training, optimizer = config.method, config.training, config.optimizer
+    phases = len(method.phase_steps)
+    positive = {
+        "--num-steps": method.num_steps,
+        "--fake-updates": method.fake_updates,
+        "--lora-rank": method.lora_rank,
+        "--lora-alpha": method.lora_alpha,
+        "--timestep-shift": method.timestep_shift,
+        "--clamp-max": method.clamp_max,
+        "--micro-batch-size": training.micro_batch_size,
+        "--global-batch-size": training.global_batch_size,
+        "--lr": optimizer.lr,
+        "--fake-lr": optimizer.fake_lr,
+        "--clip-grad": optimizer.clip_grad,
+        "--log-interval": config.logging.log_interval,
+        "--prompt-length": config.data.prompt_length,
+        "--frames": config.data.frames,
+        "--height": config.data.height,
+        "--width": config.data.width,
+    }
+    for flag, value in positive.items():
+        if not value > 0:
+            raise ValueError(f"{flag} {value}: must be greater than 0")
+    not_negative = {
+        "--fake-warmup": method.fake_warmup,
+        "--phase": method.phase,
+        "--save-interval": config.checkpoint.save_interval,
+        "--keep-last": config.checkpoint.keep_last,
+        "--seed": training.seed,
+        "--exit-interval": training.exit_interval,
+    }
+    for flag, value in not_negative.items():
+        if value < 0:
+            raise ValueError(f"{flag} {value}: must not be negative")
+    if any(steps < 1 for steps in method.phase_steps) or sum(method.phase_steps) != method.num_steps:
+        steps = ",".join(map(str, method.phase_steps))
+        raise ValueError(
+            f"--phase-steps {steps}: {phases} positive numbers must add up to --num-steps {method.num_steps}"
+        )
+    if method.phase > phases:
+        raise ValueError(f"--phase {method.phase}: --phase-steps names {phases} phases")
+    if len(training.train_iters) not in (1, phases) or min(training.train_iters) < 1:
+        raise ValueError(f"--train-iters: give one positive number, or one for each of the {phases} phases")
+    if len(method.guidance_scale) not in (1, 2):
+        raise ValueError("--guidance-scale: give one number, or two as low-noise,high-noise")
+    if not 0 <= method.ema_decay < 1:
+        raise ValueError(f"--ema-decay {method.ema_decay}: must lie in [0, 1)")
+    if not 0 < method.fixed_timestep < 1:
+        raise ValueError(f"--fixed-timestep {method.fixed_timestep}: must lie in (0, 1)")
+    if not 0 <= method.timestep_margin < 0.5:
+        raise ValueError(f"--timestep-margin {method.timestep_margin}: must lie in [0, 0.5)")
+    if not (0 <= optimizer.adam_beta1 < 1 and 0 <= optimizer.adam_beta2 < 1):
+        raise ValueError("--adam-beta1, --adam-beta2: must lie in [0, 1)")
+    if config.model.teacher is None:
+        raise ValueError("--teacher: name the teacher's Hugging Face pipeline folder")
+    if config.data.prompts is None:
+        raise ValueError("--prompts: name a text file of prompts or a folder of encoded ones")
+    if config.evaluation.task != "none" and config.evaluation.task_folder is None:
+        raise ValueError(f"--task {config.evaluation.task}: --task-folder must name its classifier's folder")

@@ -1,0 +1,223 @@
+"""Every option, one dataclass per concern. Each field's comment is its help text; the defaults stand here alone.
+
+Flags carry the field's name (`--micro-batch-size`); a YAML recipe groups them by concern (`training: {micro_batch_size: 1}`).
+Names and meanings are Megatron's where Megatron has them. Defaults of the method are the paper's (Appendix C).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+import tyro
+from tyro.constructors import PrimitiveConstructorSpec
+
+T = TypeVar("T", int, float)
+
+
+def _comma_separated(convert: Callable[[str], T], metavar: str) -> PrimitiveConstructorSpec:
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=metavar,
+        instance_from_str=lambda texts: tuple(convert(part) for part in texts[0].split(",")),
+        is_instance=lambda value: isinstance(value, tuple) and all(isinstance(part, int | float) for part in value),
+        str_from_instance=lambda value: [",".join(str(part) for part in value)],
+    )
+
+
+Ints = Annotated[tuple[int, ...], _comma_separated(int, "N,N")]
+Floats = Annotated[tuple[float, ...], _comma_separated(float, "X,X")]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The teacher and how the networks are run."""
+
+    # Hugging Face pipeline folder of the teacher (model_index.json, transformer/, perhaps transformer_2/).
+    teacher: Path | None = None
+    # Attention kernels: torch's own, or the flash-attn package on a GPU.
+    attention_backend: Literal["sdpa", "flash"] = "sdpa"
+    # Recompute every block's activations in the backward pass.
+    recompute_granularity: Literal["none", "full"] = "none"
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """Phased DMD. One phase without truncation is few-step DMD, one phase with SGTS is DMD with SGTS (Fig. 1)."""
+
+    # Sampling steps N of the distilled generator.
+    num_steps: int = 4
+    # Steps of each phase, first phase first; one number is one phase.
+    phase_steps: Ints = (2, 2)
+    # Train this phase alone (1 is the first), from the checkpoints of the phases before it; 0 trains all in turn.
+    phase: int = 0
+    # sgts: only a random step of the phase has the gradient, and jumps to the phase's end; none: all its steps have it.
+    gradient_truncation: Literal["sgts", "none"] = "sgts"
+    # Where the diffused time t is drawn: nested (s, 1), disjoint (t_k, t_{k-1}), or fixed.
+    noise_interval: Literal["nested", "disjoint", "fixed"] = "nested"
+    # The time of --noise-interval fixed, in (0, 1).
+    fixed_timestep: float = 0.882
+    # Shift of the flow matching schedule: t = shift u / (1 + (shift - 1) u).
+    timestep_shift: float = 5.0
+    # Distribution of u before the shift.
+    timestep_distribution: Literal["uniform", "logit_normal"] = "uniform"
+    # Kept free of samples at both ends of the interval, in u.
+    timestep_margin: float = 0.02
+    # The fake score's objective: flow is Eq. 13, x0 is Eq. 15, biased is the wrong one of Fig. 2c (an ablation).
+    objective: Literal["flow", "x0", "biased"] = "flow"
+    # Upper limit of 1 / sigma_{t|s}^2 in Eq. 13.
+    clamp_max: float = 10.0
+    # Weight of the generator's gradient: the paper's w_{t|s}, or DMD's mean absolute error per sample.
+    dmd_weighting: Literal["score", "mean_abs"] = "score"
+    # Classifier-free guidance of the teacher; one number, or low-noise and high-noise expert.
+    guidance_scale: Floats = (4.0,)
+    # Updates of the fake score for each update of the generator.
+    fake_updates: int = 5
+    # Fake updates before a phase's first generator update.
+    fake_warmup: int = 0
+    # Samples the fake score learns from: truncated like the generator's, or run through all steps of the phase.
+    fake_rollout: Literal["same", "full"] = "same"
+    # Networks of the fake score: one for each teacher expert in range, or one from the phase's own expert.
+    fake_experts: Literal["match-teacher", "single"] = "match-teacher"
+    # Trained parameters of the generator: adapters on the teacher's weights, or a full copy.
+    generator: Literal["lora", "full"] = "lora"
+    # Rank of the adapters.
+    lora_rank: int = 64
+    # Scale of the adapters: their output is multiplied by alpha / rank.
+    lora_alpha: float = 8.0
+    # Decay of the generator's moving average; 0 keeps none.
+    ema_decay: float = 0.0
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW for both trained roles."""
+
+    # Learning rate of the generator.
+    lr: float = 5e-5
+    # Learning rate of the fake score.
+    fake_lr: float = 4e-7
+    # AdamW's beta_1.
+    adam_beta1: float = 0.0
+    # AdamW's beta_2.
+    adam_beta2: float = 0.999
+    # AdamW's epsilon.
+    adam_eps: float = 1e-8
+    # Decoupled weight decay.
+    weight_decay: float = 0.0
+    # Largest gradient norm; larger ones are scaled down to it.
+    clip_grad: float = 1.0
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Length, batch and numbers of a run."""
+
+    # Iterations (generator updates) of each phase; one number goes for every phase.
+    train_iters: Ints = (1000,)
+    # Samples in one forward pass of one rank.
+    micro_batch_size: int = 1
+    # Samples of one update over all ranks.
+    global_batch_size: int = 64
+    # Seed of everything random.
+    seed: int = 42
+    # Run the networks in bfloat16, with fp32 master weights.
+    bf16: bool = False
+    # Stop after saving when this many minutes have passed; 0 never does.
+    exit_duration_in_mins: float = 0.0
+    # Stop after saving once this many iterations are done in this launch; 0 never does.
+    exit_interval: int = 0
+    # Save and stop (exit code 3) on SIGTERM and SIGINT.
+    exit_signal_handler: bool = True
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the data-parallel ranks talk."""
+
+    # Communication library; auto takes nccl with CUDA and gloo without.
+    distributed_backend: Literal["auto", "nccl", "gloo"] = "auto"
+    # Start the gradient all-reduce while the backward pass runs.
+    overlap_grad_reduce: bool = False
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Prompts and the shape of a sample. Training needs no videos: prompts and noise only."""
+
+    # Text file with a prompt in each line, or a folder that encode_prompts.py wrote.
+    prompts: Path | None = None
+    # What the teacher's guidance leads away from.
+    negative_prompt: str = ""
+    # Text tokens a prompt is padded to.
+    prompt_length: int = 512
+    # Latent frames; pixels are 4 (frames - 1) + 1 for Wan.
+    frames: int = 21
+    # Latent rows.
+    height: int = 60
+    # Latent columns.
+    width: int = 104
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """The run's folder, saving and resuming."""
+
+    # The run's folder; checkpoints go to its checkpoints/.
+    save: Path = Path("runs/pdmd")
+    # Run folder to continue; the run's own folder continues by itself.
+    load: Path | None = None
+    # Iterations between checkpoints; 0 saves only at the end of each phase.
+    save_interval: int = 100
+    # Checkpoints kept, the newest ones; 0 keeps all.
+    keep_last: int = 2
+    # Write Hugging Face folders of the trained experts at the end.
+    export: bool = True
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """What is told while the run goes."""
+
+    # Iterations between log lines.
+    log_interval: int = 10
+    # Write TensorBoard events to the run folder.
+    tensorboard: bool = True
+    # Iterations between sample sheets; 0 draws one at the end of each phase.
+    sample_interval: int = 0
+    # Prompts on a sample sheet.
+    sample_prompts: int = 8
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Measurement at the end of a run, for tasks that have one."""
+
+    # Task whose metrics are measured; none for real models.
+    task: Literal["none", "moving_digits"] = "none"
+    # Folder with the task's classifier and held-out digits.
+    task_folder: Path | None = None
+    # Clips of each sampler.
+    clips: int = 1024
+    # Steps of the teacher's reference sampler.
+    teacher_steps: int = 40
+    # Clips in one forward pass.
+    batch_size: int = 64
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+
+FlatConfig = tyro.conf.OmitArgPrefixes[Config]

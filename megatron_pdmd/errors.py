@@ -1,0 +1,63 @@
+"""How a program tells its user about bad input: one line on stderr, exit code 2, no traceback."""
+
+import contextlib
+import errno
+import io
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import tyro
+
+Options = TypeVar("Options")
+
+_USER_OS_ERRORS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+_FULL_OR_READ_ONLY = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+    """Ends the process with exit code 2 and one line on stderr when the body meets a user's mistake.
+
+    A mistake is a ValueError, a path that is missing, occupied or forbidden, or a disk that is full or read-only. Every
+    other exception passes through with its traceback, for it is ours to mend.
+    """
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        is_user_error = isinstance(error, (ValueError, *_USER_OS_ERRORS)) or error.errno in _FULL_OR_READ_ONLY
+        if not is_user_error:
+            raise
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        raise SystemExit(2) from None
+
+
+def parse_options(options: type[Options], description: str, arguments: Sequence[str] | None = None) -> Options:
+    """Reads a dataclass of options from the command line.
+
+    Args:
+        options: the dataclass; its fields become flags.
+        description: text above the flags in `--help`.
+        arguments: the flags; those of the process where not given.
+
+    Raises:
+        ValueError: an unknown flag or a bad value, in one line.
+    """
+    messages = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(messages):
+            return tyro.cli(options, description=description, args=arguments, prog=Path(sys.argv[0]).name)
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise ValueError(_without_frame(messages.getvalue())) from None
+
+
+def _without_frame(box: str) -> str:
+    """What a framed message of tyro says, without the frame, its title and the help text below it."""
+    text = " ".join(re.sub(r"[─-╿]+", " ", box).split())
+    text = re.split(r"For full helptext|Argument helptext:|Full helptext:", text)[0]
+    titles = "Parsing error|Value error|Invalid choice|Missing argument|Required options|Unrecognized options"
+    return re.sub(rf"^(?:{titles})\s+", "", text).strip() + " (see --help)"
