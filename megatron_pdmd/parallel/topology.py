@@ -1,0 +1,240 @@
+"""Process groups: which rank does what.
+
+Ranks are laid out as megatron-core lays them out, tensor parallelism innermost: rank = tensor + T (context + C (data
++ D pipeline)). Whatever the tensor, context and pipeline sizes leave of the world is data parallel.
+"""
+
+import math
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from megatron_pdmd.parallel.cpu import without_cuda
+
+if TYPE_CHECKING:
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+BACKENDS = ("nccl", "gloo", "fake")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Topology:
+    """The sizes of every parallel axis and this rank's place on each of them.
+
+    Attributes:
+        rank: this process's number in [0, world_size).
+        world_size: processes in all; tensor * pipeline * context * data.
+        tensor, pipeline, context, data: ranks along each axis.
+        tensor_rank, pipeline_rank, context_rank, data_rank: this rank's coordinate along each axis.
+        sequence_parallel: activations between the tensor-parallel linears are split over the tensor ranks.
+        backend: "nccl", "gloo" or "fake" (no communication: for dry runs that only need shapes).
+        device: where this rank's tensors live.
+        groups: megatron-core's process groups, by their names there (``tp``, ``pp``, ``cp``, ``dp``, ``dp_cp``,
+            ``mp`` ...).
+    """
+
+    rank: int
+    world_size: int
+    tensor: int
+    pipeline: int
+    context: int
+    data: int
+    tensor_rank: int
+    pipeline_rank: int
+    context_rank: int
+    data_rank: int
+    sequence_parallel: bool
+    backend: str
+    device: torch.device
+    groups: "ProcessGroupCollection"
+
+
+# One per process, as are torch.distributed's default group and megatron-core's parallel_state.
+_current: Topology | None = None
+
+
+def initialize_topology(
+    tensor: int = 1,
+    pipeline: int = 1,
+    context: int = 1,
+    sequence_parallel: bool = False,
+    backend: str | None = None,
+) -> Topology:
+    """Create the process groups of this run. A second call with the same arguments returns the same topology.
+
+    Under torchrun the environment says how many ranks there are; a process group that the caller already created is
+    used as it is; a process on its own becomes a world of one without opening a rendezvous port.
+
+    Args:
+        tensor: ranks that share each linear layer (``--tensor-model-parallel-size``).
+        pipeline: ranks that share the layers (``--pipeline-model-parallel-size``).
+        context: ranks that share each sequence (``--context-parallel-size``).
+        sequence_parallel: split activations between linears over the tensor ranks (``--sequence-parallel``).
+        backend: "nccl", "gloo" or "fake"; nccl where there is a CUDA device, else gloo, if not given
+            (``--distributed-backend``).
+
+    Raises:
+        ValueError: the sizes do not divide the world, sequence parallelism without tensor parallelism, a backend that
+            cannot work here, or a topology with other arguments exists.
+    """
+    global _current
+    backend = backend or (dist.get_backend() if dist.is_initialized() else _default_backend())
+    if _current is not None:
+        asked = (tensor, pipeline, context, sequence_parallel, backend)
+        has = (_current.tensor, _current.pipeline, _current.context, _current.sequence_parallel, _current.backend)
+        if asked != has:
+            raise ValueError(
+                f"a topology with (tensor, pipeline, context, sequence_parallel, backend) = {has} exists and "
+                f"{asked} is asked for; call destroy_topology() first"
+            )
+        return _current
+    world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    _check_layout(world_size, tensor, pipeline, context, sequence_parallel)
+    device = _select_device(backend)
+    if not dist.is_initialized():
+        _initialize_process_group(backend, world_size)
+    elif dist.get_backend() != backend:
+        raise ValueError(
+            f"torch.distributed runs on {dist.get_backend()} and --distributed-backend is {backend}; give the same one"
+        )
+    _current = _build_groups(tensor, pipeline, context, sequence_parallel, backend, device)
+    return _current
+
+
+def current_topology() -> Topology:
+    """Return the topology that ``initialize_topology`` made.
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    if _current is None:
+        raise RuntimeError("there is no topology; call megatron_pdmd.parallel.initialize_topology() first")
+    return _current
+
+
+def destroy_topology() -> None:
+    """Take the process groups down, so that another topology can be made. Does nothing when there is none."""
+    global _current
+    if _current is None:
+        return
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+    _current = None
+
+
+def _build_groups(
+    tensor: int, pipeline: int, context: int, sequence_parallel: bool, backend: str, device: torch.device
+) -> Topology:
+    # Imported here: megatron-core takes seconds to import, which a mistyped size should not cost.
+    from megatron.core import parallel_state
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    with without_cuda():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=tensor,
+            pipeline_model_parallel_size=pipeline,
+            context_parallel_size=context,
+            create_gloo_process_groups=False,
+        )
+    return Topology(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tensor=tensor,
+        pipeline=pipeline,
+        context=context,
+        data=parallel_state.get_data_parallel_world_size(),
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        context_rank=parallel_state.get_context_parallel_rank(),
+        data_rank=parallel_state.get_data_parallel_rank(),
+        sequence_parallel=sequence_parallel,
+        backend=backend,
+        device=device,
+        groups=ProcessGroupCollection.use_mpu_process_groups(),
+    )
+
+
+def _default_backend() -> str:
+    return "nccl" if torch.cuda.is_available() else "gloo"
+
+
+def _select_device(backend: str) -> torch.device:
+    if backend not in BACKENDS:
+        raise ValueError(f"--distributed-backend {backend} is unknown; choose one of {', '.join(BACKENDS)}")
+    if not torch.cuda.is_available():
+        if backend == "nccl":
+            raise ValueError("--distributed-backend nccl needs a CUDA device and there is none; use gloo")
+        return torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"local rank {local_rank} has no device, this machine has {torch.cuda.device_count()}; "
+            "lower torchrun's --nproc-per-node"
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _initialize_process_group(backend: str, world_size: int) -> None:
+    if backend == "fake":
+        from torch.testing._internal.distributed.fake_pg import FakeStore
+
+        store = FakeStore()
+    elif "RANK" in os.environ and "MASTER_ADDR" in os.environ:
+        dist.init_process_group(backend)
+        return
+    elif world_size == 1:
+        store = dist.HashStore()
+    else:
+        raise ValueError(
+            f"WORLD_SIZE is {world_size} but RANK or MASTER_ADDR is not set; "
+            "start the ranks with torchrun or unset WORLD_SIZE"
+        )
+    dist.init_process_group(backend, store=store, rank=int(os.environ.get("RANK", "0")), world_size=world_size)
+
+
+def _check_layout(world_size: int, tensor: int, pipeline: int, context: int, sequence_parallel: bool) -> None:
+    sizes = {
+        "--tensor-model-parallel-size": tensor,
+        "--pipeline-model-parallel-size": pipeline,
+        "--context-parallel-size": context,
+    }
+    for flag, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{flag} is {size}; it must be at least 1")
+    if sequence_parallel and tensor == 1:
+        raise ValueError(
+            "--sequence-parallel splits activations over tensor-parallel ranks and --tensor-model-parallel-size is 1; "
+            "raise it or drop --sequence-parallel"
+        )
+    product = math.prod(sizes.values())
+    if world_size % product == 0:
+        return
+    layout = " x ".join(f"{flag} {size}" for flag, size in sizes.items())
+    raise ValueError(
+        f"a world of {world_size} is not divisible by {layout} = {product}; "
+        f"{_sizes_that_work(world_size, sizes, product)}"
+    )
+
+
+def _sizes_that_work(world_size: int, sizes: dict[str, int], product: int) -> str:
+    """Name, per flag, the nearest sizes that divide the world with the others left alone, and the nearest world
+    sizes."""
+    options = []
+    for flag, size in sizes.items():
+        share, rest = divmod(world_size, product // size)
+        if size == 1 or rest:
+            continue
+        divisors = [n for n in range(1, share + 1) if share % n == 0]
+        nearest = {*[n for n in divisors if n < size][-1:], *[n for n in divisors if n > size][:1]}
+        options.append(f"{flag} {' or '.join(map(str, sorted(nearest)))}")
+    below = world_size // product * product
+    worlds = [str(n) for n in (below, below + product) if n > 0]
+    options.append(f"start {' or '.join(worlds)} ranks")
+    return "use " + ", or ".join(options)

@@ -1,0 +1,55 @@
+"""Fixtures for tests that need ranks or a topology."""
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_pdmd.parallel import Topology, destroy_topology, initialize_topology
+
+
+@pytest.fixture(autouse=True, scope="session")
+def single_thread() -> None:
+    """Keep OpenMP from starting threads in this process: forked ranks would wait for them forever."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def run_ranks() -> Callable[..., list[Any]]:
+    """The function ``run_ranks(function, world_size, *args)`` of distributed/ranks.py, with megatron-core imported."""
+    import megatron.core.distributed
+    import megatron.core.optimizer  # noqa: F401  (imported once here, shared by every rank forked later)
+
+    spec = importlib.util.spec_from_file_location("ranks", Path(__file__).parent / "distributed" / "ranks.py")
+    ranks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(ranks)
+    return ranks.run_ranks
+
+
+@pytest.fixture
+def topology() -> Iterator[Topology]:
+    """A topology of this one process."""
+    yield initialize_topology()
+    destroy_topology()
+
+
+@pytest.fixture(scope="session")
+def assert_as_accurate_as_torch() -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]:
+    """Check a result by the project's rule: a relative L2 error at most twice that of plain torch, plus one eps.
+
+    Called with (ours, plain torch in the same dtype, fp64 reference).
+    """
+
+    def check(ours: torch.Tensor, plain: torch.Tensor, reference: torch.Tensor) -> None:
+        assert reference.dtype == torch.float64
+
+        def error(value: torch.Tensor) -> float:
+            return ((value.double() - reference).norm() / reference.norm()).item()
+
+        limit = 2 * error(plain) + torch.finfo(ours.dtype).eps
+        assert error(ours) <= limit, f"relative error {error(ours):.2e} > {limit:.2e}"
+
+    return check
