@@ -1,0 +1,286 @@
+"""One role's optimizer against torch.optim.AdamW, in one process."""
+
+import copy
+
+import pytest
+import torch
+
+from megatron_pdmd.parallel import data_parallel
+from megatron_pdmd.training.optimizer import build_optimizer
+
+pytestmark = pytest.mark.usefixtures("topology")
+
+LR = 1e-2
+STEPS = 5
+
+
+def make_module(dtype=torch.float32):
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(6, 16), torch.nn.LayerNorm(16), torch.nn.Linear(16, 5)).to(dtype)
+
+
+def make_batch(step, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(100 + step)
+    return torch.randn(8, 6, generator=generator).to(dtype), torch.randn(8, 5, generator=generator).to(dtype)
+
+
+def loss_of(module, step):
+    dtype = next(module.parameters()).dtype
+    x, y = make_batch(step, dtype)
+    return (module(x) - y).square().mean()
+
+
+def make_optimizer(module, *, bf16=False, **options):
+    return build_optimizer([data_parallel(module, bf16=bf16)], lr=LR, bf16=bf16, **options)
+
+
+def update(module, optimizer, step):
+    optimizer.zero_grad()
+    loss_of(module, step).backward()
+    norm = optimizer.gradient_norm()
+    optimizer.step(norm)
+    return norm
+
+
+def torch_adamw(parameters, weight_decay=0.01, **options):
+    """Torch's fused AdamW with Megatron's rule of what is decayed."""
+    parameters = list(parameters)
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=LR, fused=True, **options)
+
+
+def torch_update(module, optimizer, step, clip_grad):
+    optimizer.zero_grad()
+    loss_of(module, step).backward()
+    norm = torch.nn.utils.clip_grad_norm_(module.parameters(), clip_grad)
+    optimizer.step()
+    return norm
+
+
+def assert_same(module, other):
+    for (name, ours), theirs in zip(module.state_dict().items(), other.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+@pytest.mark.parametrize("betas", [(0.0, 0.999), (0.9, 0.95), (0, 0.999)])
+def test_steps_are_those_of_torch_to_the_bit(betas):
+    module = make_module()
+    plain = copy.deepcopy(module)
+    optimizer = make_optimizer(module, betas=betas, weight_decay=0.1, clip_grad=0.0)
+    reference = torch_adamw(plain.parameters(), weight_decay=0.1, betas=tuple(map(float, betas)))
+    for step in range(STEPS):
+        update(module, optimizer, step)
+        torch_update(plain, reference, step, float("inf"))
+    assert_same(module, plain)
+
+
+def test_clipped_steps_follow_torch(assert_as_accurate_as_torch):
+    modules = {
+        kind: make_module(torch.float64 if kind == "reference" else torch.float32)
+        for kind in ("ours", "plain", "reference")
+    }
+    modules["reference"].load_state_dict(modules["plain"].state_dict())
+    ours = make_optimizer(modules["ours"], betas=(0.9, 0.999), clip_grad=0.1)
+    others = {kind: torch_adamw(modules[kind].parameters(), betas=(0.9, 0.999)) for kind in ("plain", "reference")}
+    for step in range(STEPS):
+        norm = update(modules["ours"], ours, step)
+        norms = {kind: torch_update(modules[kind], others[kind], step, 0.1) for kind in others}
+        assert norm.dtype == torch.float32
+        assert norm > 0.1
+        assert_as_accurate_as_torch(norm, norms["plain"], norms["reference"])
+    for values in zip(*(modules[kind].parameters() for kind in ("ours", "plain", "reference")), strict=True):
+        assert_as_accurate_as_torch(*(value.detach() for value in values))
+
+
+def test_a_step_is_the_closed_form():
+    """Two steps with beta_1 = 0, written out: w <- w (1 - lr wd) - lr g / (sqrt(v / (1 - beta_2^t)) + eps)."""
+    weight = torch.nn.Parameter(torch.tensor([[3.0, -2.0]]))
+    module = torch.nn.ParameterList([weight])
+    optimizer = make_optimizer(module, weight_decay=0.5, clip_grad=0.0, eps=0.25)
+    expected, v = weight.detach().double().clone(), torch.zeros(1, 2, dtype=torch.float64)
+    for t, g in enumerate(torch.tensor([[[0.5, -4.0]], [[1.5, 2.0]]], dtype=torch.float64), start=1):
+        optimizer.zero_grad()
+        (weight * g.float()).sum().backward()
+        optimizer.step(optimizer.gradient_norm())
+        v = 0.999 * v + 0.001 * g**2
+        expected = expected * (1 - LR * 0.5) - LR * g / ((v / (1 - 0.999**t)).sqrt() + 0.25)
+    assert (weight.double() - expected).norm() <= 4 * torch.finfo(torch.float32).eps * expected.norm()
+
+
+def test_biases_and_norms_are_not_decayed():
+    module = make_module()
+    before = copy.deepcopy(module)
+    optimizer = make_optimizer(module, weight_decay=0.5)
+    optimizer.zero_grad()
+    optimizer.step(optimizer.gradient_norm())
+    for (name, now), old in zip(module.named_parameters(), before.parameters(), strict=True):
+        assert torch.equal(now, old if old.ndim == 1 else old * (1 - LR * 0.5)), name
+
+
+def test_without_a_first_moment_no_memory_is_spent_on_one():
+    module = make_module()
+    optimizer = make_optimizer(module)
+    update(module, optimizer, 0)
+    weights = sum(p.numel() for p in module.parameters())
+    assert sum(t.numel() for t in optimizer.named_state().values()) == weights + 1
+
+
+def test_the_norm_can_be_judged_before_anything_moves():
+    module = make_module()
+    optimizer = make_optimizer(module)
+    update(module, optimizer, 0)
+    before = copy.deepcopy(module)
+    state = {name: tensor.clone() for name, tensor in optimizer.named_state().items()}
+    optimizer.zero_grad()
+    (loss_of(module, 1) * float("inf")).backward()
+    assert not torch.isfinite(optimizer.gradient_norm())
+    assert_same(module, before)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in optimizer.named_state().items())
+    untouched = copy.deepcopy(module)
+    other = make_optimizer(untouched)
+    other.load_named_state(state)
+    update(module, optimizer, 2)
+    update(untouched, other, 2)
+    assert_same(module, untouched)
+
+
+def test_set_lr_takes_effect_from_the_next_step():
+    module = make_module()
+    optimizer = make_optimizer(module)
+    before = copy.deepcopy(module)
+    optimizer.set_lr(0.0)
+    update(module, optimizer, 0)
+    assert_same(module, before)
+    optimizer.set_lr(LR)
+    update(module, optimizer, 1)
+    assert not torch.equal(module[0].weight, before[0].weight)
+
+
+def test_bf16_weights_are_roundings_of_fp32_masters_stepped_by_torch():
+    module = make_module(torch.bfloat16)
+    plain = copy.deepcopy(module)
+    masters = [p.detach().float().requires_grad_() for p in plain.parameters()]
+    optimizer = make_optimizer(module, bf16=True, clip_grad=0.0)
+    reference = torch_adamw(masters, betas=(0.0, 0.999))
+    for step in range(STEPS):
+        update(module, optimizer, step)
+        loss_of(plain, step).backward()
+        for master, parameter in zip(masters, plain.parameters(), strict=True):
+            master.grad, parameter.grad = parameter.grad.float(), None
+        reference.step()
+        for master, parameter in zip(masters, plain.parameters(), strict=True):
+            parameter.data.copy_(master)
+    assert_same(module, plain)
+    state = optimizer.named_state()
+    for (name, parameter), master in zip(module.named_parameters(), masters, strict=True):
+        assert torch.equal(state[f"{name}.master"], master)
+        assert torch.equal(state[f"{name}.master"].bfloat16(), parameter)
+
+
+def test_masters_can_follow_weights_changed_from_outside():
+    module, target = make_module(torch.bfloat16), make_module(torch.bfloat16)
+    torch.nn.init.normal_(target[0].weight)
+    optimizer = make_optimizer(module, bf16=True, weight_decay=0.0)
+    module.load_state_dict(target.state_dict())
+    optimizer.reload_master_weights()
+    optimizer.zero_grad()
+    optimizer.step(optimizer.gradient_norm())
+    assert_same(module, target)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("betas", [(0.0, 0.999), (0.9, 0.999)])
+@pytest.mark.parametrize("done", [0, 3])
+def test_a_resumed_run_is_the_same_to_the_bit(bf16, betas, done):
+    module = make_module(torch.bfloat16 if bf16 else torch.float32)
+    optimizer = make_optimizer(module, bf16=bf16, betas=betas)
+    for step in range(done):
+        update(module, optimizer, step)
+    weights = copy.deepcopy(module.state_dict())
+    state = {name: tensor.clone() for name, tensor in optimizer.named_state().items()}
+    assert state["step"] == optimizer.step_count == done
+
+    resumed = make_module(torch.bfloat16 if bf16 else torch.float32)
+    torch.nn.init.zeros_(resumed[0].weight)
+    second = make_optimizer(resumed, bf16=bf16, betas=betas)
+    update(resumed, second, 17)
+    resumed.load_state_dict(weights)
+    second.load_named_state(state)
+    for step in range(done, done + STEPS):
+        update(module, optimizer, step)
+        update(resumed, second, step)
+    assert_same(module, resumed)
+    for name, tensor in optimizer.named_state().items():
+        assert torch.equal(tensor, second.named_state()[name]), name
+
+
+def test_loaded_state_is_a_copy():
+    module, other = make_module(), make_module()
+    first, second = make_optimizer(module), make_optimizer(other)
+    update(module, first, 0)
+    second.load_named_state(first.named_state())
+    kept = {name: tensor.clone() for name, tensor in first.named_state().items()}
+    update(other, second, 1)
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in first.named_state().items())
+
+
+def test_state_of_another_model_or_other_options_is_refused_and_changes_nothing():
+    module = make_module()
+    optimizer = make_optimizer(module)
+    update(module, optimizer, 0)
+    kept = {name: tensor.clone() for name, tensor in optimizer.named_state().items()}
+    for change, words in (
+        (lambda s: s.pop("0.weight.exp_avg_sq"), r"1 missing \(first: 0.weight.exp_avg_sq\)"),
+        (lambda s: s.update({"0.weight.exp_avg": torch.zeros(16, 6)}), r"1 unknown \(first: 0.weight.exp_avg\)"),
+        (lambda s: s.update({"2.bias.exp_avg_sq": torch.zeros(4)}), r"1 of another shape \(first: 2.bias.exp_avg_sq\)"),
+        (lambda s: s.pop("step"), "missing .*no-load-optim"),
+    ):
+        state = dict(kept)
+        change(state)
+        with pytest.raises(ValueError, match=words):
+            optimizer.load_named_state(state)
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in optimizer.named_state().items())
+
+
+def test_optimizers_of_several_roles_do_not_touch_each_other():
+    generator, fake = make_module(), make_module()
+    alone = copy.deepcopy(generator)
+    optimizers = make_optimizer(generator, betas=(0.0, 0.9)), make_optimizer(fake, betas=(0.9, 0.999))
+    untouched = copy.deepcopy(fake)
+    for step in range(STEPS):
+        update(generator, optimizers[0], step)
+    assert_same(fake, untouched)
+    update(fake, optimizers[1], 0)
+    alone_optimizer = make_optimizer(alone, betas=(0.0, 0.9))
+    for step in range(STEPS):
+        update(alone, alone_optimizer, step)
+    assert_same(generator, alone)
+
+
+def test_modules_of_one_optimizer_share_a_norm_and_are_named_by_position():
+    pair = make_module(), make_module()
+    optimizer = build_optimizer([data_parallel(module) for module in pair], lr=LR)
+    optimizer.zero_grad()
+    for step, module in enumerate(pair):
+        loss_of(module, step).backward()
+    expected = torch.cat([p.main_grad.flatten() for module in pair for p in module.parameters()]).double().norm()
+    norm = optimizer.gradient_norm()
+    assert abs(norm.double() - expected) <= 4 * torch.finfo(torch.float32).eps * expected
+    optimizer.step(norm)
+    assert {"0.0.weight.exp_avg_sq", "1.2.bias.exp_avg_sq"} < optimizer.named_state().keys()
+
+
+def test_a_dtype_that_would_train_badly_is_refused():
+    with pytest.raises(ValueError, match=r"0\.weight is torch\.bfloat16; train it in fp32, or in bf16 with --bf16"):
+        make_optimizer(make_module(torch.bfloat16))
+
+
+def test_megatron_core_is_left_as_it_was_found():
+    from megatron.core import optimizer as megatron_optimizer
+
+    before = megatron_optimizer.Adam, megatron_optimizer.USING_PYTORCH_OPTIMIZER
+    make_optimizer(make_module())
+    assert (megatron_optimizer.Adam, megatron_optimizer.USING_PYTORCH_OPTIMIZER) == before
