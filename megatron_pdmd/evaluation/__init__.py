@@ -1,0 +1,1 @@
+"""Diversity, motion and fidelity of samples, pictures of them, and the report of a run."""

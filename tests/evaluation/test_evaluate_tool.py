@@ -1,0 +1,118 @@
+"""tools/evaluate.py on folders as tools/generate.py writes them."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from megatron_pdmd.evaluation.moving_digits import all_motions
+from megatron_pdmd.evaluation.moving_digits_report import real_clips
+
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "evaluate.py"
+KEYS = {"digit_accuracy", "direction_accuracy", "speed_error", "diversity", "frechet_distance"}
+PROMPTS = [motion.prompt for motion in all_motions()] * 2
+
+
+@pytest.fixture(scope="module")
+def tool():
+    spec = importlib.util.spec_from_file_location("evaluate_tool", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+@pytest.fixture
+def samples(tmp_path: Path, digits) -> Path:
+    return write_samples(tmp_path / "samples", real_clips(PROMPTS, *digits, seed=7), PROMPTS)
+
+
+def write_samples(folder: Path, latents: torch.Tensor, prompts: list[str]) -> Path:
+    folder.mkdir()
+    save_file({"latents": latents}, folder / "samples.safetensors")
+    (folder / "prompts.txt").write_text("\n".join(prompts) + "\n")
+    return folder
+
+
+def test_metrics_are_saved_and_printed(tool, samples, tmp_path, capsys):
+    save, table = tmp_path / "new" / "metrics.json", tmp_path / "table.json"
+    assert tool.main(["--samples", str(samples), "--save", str(save), "--json", str(table)]) == 0
+    saved, rows = json.loads(save.read_text()), json.loads(table.read_text())
+    assert rows.keys() == {"samples", "real"} and rows["samples"].keys() == rows["real"].keys() == KEYS
+    assert saved == {**rows["samples"], "real": rows["real"]}
+    assert saved["digit_accuracy"] > 0.9 and saved["direction_accuracy"] == 1
+    printed = capsys.readouterr().out
+    assert all(key in printed for key in KEYS)
+
+
+def test_reference_takes_the_place_of_real_clips(tool, samples, tmp_path, digits):
+    frozen = real_clips(PROMPTS, *digits, seed=7)[:, :, :1].repeat(1, 1, 5, 1, 1)
+    reference = write_samples(tmp_path / "reference", frozen, PROMPTS)
+    save = tmp_path / "metrics.json"
+    assert tool.main(["--samples", str(samples), "--reference", str(samples), "--save", str(save)]) == 0
+    assert json.loads(save.read_text())["frechet_distance"] < 1e-6
+    assert tool.main(["--samples", str(samples), "--reference", str(reference), "--save", str(save)]) == 0
+    saved = json.loads(save.read_text())
+    assert saved["frechet_distance"] > 1 and saved["reference"]["direction_accuracy"] == 0
+
+
+def break_no_latents(folder: Path) -> None:
+    (folder / "samples.safetensors").unlink()
+
+
+def break_truncated(folder: Path) -> None:
+    file = folder / "samples.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+
+
+def break_other_tensor(folder: Path) -> None:
+    save_file({"images": torch.zeros(2)}, folder / "samples.safetensors")
+
+
+def break_shape(folder: Path) -> None:
+    save_file({"latents": torch.zeros(160, 16, 4)}, folder / "samples.safetensors")
+
+
+def break_prompt_count(folder: Path) -> None:
+    (folder / "prompts.txt").write_text("a 7 moving left quickly\n")
+
+
+def break_no_prompts(folder: Path) -> None:
+    (folder / "prompts.txt").unlink()
+
+
+def break_foreign_prompt(folder: Path) -> None:
+    (folder / "prompts.txt").write_text("a cat on a mat\n" * 160)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (break_no_latents, "no file"),
+        (break_truncated, "not a whole safetensors file"),
+        (break_other_tensor, "no tensor 'latents'"),
+        (break_shape, "not [N, C, F, H, W]"),
+        (break_prompt_count, "1 lines for 160 samples"),
+        (break_no_prompts, "cannot read"),
+        (break_foreign_prompt, "not a prompt of the moving-digits task"),
+    ],
+)
+def test_bad_samples_exit_with_two(tool, samples, tmp_path, capsys, damage, message):
+    damage(samples)
+    assert tool.main(["--samples", str(samples), "--save", str(tmp_path / "metrics.json")]) == 2
+    error = capsys.readouterr().err
+    assert message in error and len(error.splitlines()) == 1
+    assert not (tmp_path / "metrics.json").exists()
+
+
+def test_the_process_itself_exits_with_two_and_without_traceback(tmp_path):
+    command = [sys.executable, str(TOOL), "--samples", str(tmp_path / "none"), "--save", str(tmp_path / "metrics.json")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1 and "samples.safetensors" in done.stderr

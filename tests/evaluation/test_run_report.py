@@ -1,0 +1,102 @@
+"""The run report, from folders written here."""
+
+import io
+import json
+from pathlib import Path
+
+import imageio.v3 as iio
+import pytest
+from rich.console import Console
+
+from megatron_pdmd.evaluation.run_report import evaluation_table, main, read_metrics, save_loss_curves, write_run_report
+
+REAL = {
+    "digit_accuracy": 0.98,
+    "direction_accuracy": 1.0,
+    "speed_error": 0.05,
+    "diversity": 11.6,
+    "frechet_distance": 1.4,
+}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """Two phases; a value that is missing, one that is not finite, and a line being written."""
+    rows = [
+        {"phase": phase, "iteration": i, "fake_loss": 1 / (i + 1), "generator_loss": None, "fake_grad_norm": 0.5 + i}
+        for phase in (1, 2)
+        for i in range(20)
+    ]
+    rows[3]["fake_loss"] = float("nan")
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "metrics.jsonl").write_text(text + '{"phase": 2, "itera')
+    student = {**REAL, "diversity": None, "frechet_distance": 2.25}
+    (tmp_path / "summary.json").write_text(json.dumps({"evaluation": {"real": REAL, "student_4": student}}))
+    return tmp_path
+
+
+def printed(table) -> str:
+    console = Console(file=io.StringIO(), width=120)
+    console.print(table)
+    return console.file.getvalue()
+
+
+def test_logged_iterations_are_read_without_the_unfinished_line(run):
+    rows = read_metrics(run)
+    assert len(rows) == 40
+    assert [row["phase"] for row in rows] == [1] * 20 + [2] * 20
+
+
+def test_report_draws_a_row_for_each_phase_and_prints_the_table(run):
+    console = Console(file=io.StringIO(), width=120)
+    both = iio.imread(write_run_report(run, console))
+    save_loss_curves([row for row in read_metrics(run) if row["phase"] == 1], run / "one.png")
+    one = iio.imread(run / "one.png")
+    assert both.shape[0] == 2 * one.shape[0] and both.shape[1] == one.shape[1]
+    assert "student_4" in console.file.getvalue() and "2.25" in console.file.getvalue()
+
+
+def test_curves_change_the_picture(run):
+    rows = read_metrics(run)
+    save_loss_curves(rows, run / "curves.png")
+    save_loss_curves([{key: row[key] for key in ("phase", "iteration")} for row in rows], run / "empty.png")
+    assert (iio.imread(run / "curves.png") != iio.imread(run / "empty.png")).any()
+
+
+def test_table_has_the_known_metrics_first_and_a_dash_for_what_is_missing():
+    text = printed(evaluation_table({"real": {"extra": 3.0, **REAL}, "student": {"diversity": None}}))
+    lines = [line for line in text.splitlines() if any(name in line for name in (*REAL, "extra"))]
+    assert [line.split()[1] for line in lines] == [*REAL, "extra"]
+    assert [cell.strip() for cell in lines[3].split("│")[2:4]] == ["11.6", "-"]
+
+
+def test_a_run_without_evaluation_has_curves_alone(run):
+    (run / "summary.json").unlink()
+    console = Console(file=io.StringIO())
+    assert write_run_report(run, console).is_file()
+    assert console.file.getvalue() == ""
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no .*metrics.jsonl"),
+        ("", "no logged iteration"),
+        ("{}\nnot json\n", "line 2 is not JSON"),
+        ("[1]\n", "line 1 is not"),
+    ],
+)
+def test_broken_logs_exit_with_two(tmp_path, content, message, capsys):
+    if content is not None:
+        (tmp_path / "metrics.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_metrics(tmp_path)
+    assert main([str(tmp_path)]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"evaluation": 3}', '{"evaluation": {"real": 3}}'])
+def test_a_broken_summary_exits_with_two(run, content, capsys):
+    (run / "summary.json").write_text(content)
+    assert main([str(run)]) == 2
+    assert "summary.json is not a run's summary" in capsys.readouterr().err
