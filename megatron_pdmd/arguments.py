@@ -1,19 +1,17 @@
 """Config to and from Megatron-style flags and YAML recipes; refuses what cannot work, naming the flag to change."""
 
-import contextlib
 import dataclasses
 import difflib
-import io
-import re
+import math
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-import tyro
 import yaml
 
 from megatron_pdmd.config import Config, FlatConfig
+from megatron_pdmd.errors import parse_options
 
 
 def load_recipe(path: Path) -> Config:
@@ -66,13 +64,16 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         return value
     if hint is bool and not isinstance(value, bool):
         raise ValueError(f"{where}: expected true or false, got {value!r}")
+    refused = isinstance(value, bool) and hint is not bool
     try:
-        number = hint(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"{where}: expected {hint.__name__}, got {value!r}") from None
-    if hint is int and (isinstance(value, bool) or number != float(value)):
-        raise ValueError(f"{where}: expected a whole number, got {value!r}")
-    return number
+        converted = hint(value)
+        refused = refused or (hint is int and converted != float(value))
+    except (TypeError, ValueError, OverflowError):
+        refused = True
+    if refused:
+        names = {int: "a whole number", float: "a number", str: "a text", Path: "a path"}
+        raise ValueError(f"{where}: expected {names[hint]}, got {value!r}")
+    return converted
 
 
 def to_yaml(config: Config) -> str:
@@ -111,14 +112,7 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[Config, bool]:
         else:
             flags.append(argument)
     _refuse_unknown(flags)
-    messages = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(messages):
-            config = tyro.cli(FlatConfig, args=flags, default=recipe, prog="pretrain.py")
-    except SystemExit as stop:
-        if stop.code in (0, None):
-            raise
-        raise ValueError(_one_line(messages.getvalue())) from None
+    config = parse_options(FlatConfig, "Phased DMD: distils a diffusion transformer phase by phase.", flags, recipe)
     validate(config)
     return config, print_config
 
@@ -142,15 +136,9 @@ def _nearest(name: str, known: list[str]) -> str:
     return f"; did you mean '{close[0]}'?" if close else "; see --help"
 
 
-def _one_line(box: str) -> str:
-    """The message in tyro's framed error, without the frame, its title and the help text."""
-    text = " ".join(re.sub(r"[─│╭╮╰╯━┃]+", " ", box).split())
-    text = re.split(r"For full helptext|Argument helptext:", text)[0]
-    return re.sub(r"^(Parsing error|Value error|Invalid choice|Missing argument|Unrecognized options)\s+", "", text).strip()
-
-
 def validate(config: Config) -> None:
-    """Refuses what cannot work before anything is allocated. What needs the teacher's folder is checked when it is read.
+    """Refuses what cannot work before anything is allocated. What needs the teacher's folder is checked when it is
+    read.
 
     Raises:
         ValueError: one line that names the flag, what was wrong and what to do.
@@ -174,9 +162,13 @@ def validate(config: Config) -> None:
         "--frames": config.data.frames,
         "--height": config.data.height,
         "--width": config.data.width,
+        "--sample-prompts": config.logging.sample_prompts,
+        "--clips": config.evaluation.clips,
+        "--teacher-steps": config.evaluation.teacher_steps,
+        "--batch-size": config.evaluation.batch_size,
     }
     for flag, value in positive.items():
-        if not value > 0:
+        if not 0 < value < math.inf:
             raise ValueError(f"{flag} {value}: must be greater than 0")
     not_negative = {
         "--fake-warmup": method.fake_warmup,
@@ -185,9 +177,13 @@ def validate(config: Config) -> None:
         "--keep-last": config.checkpoint.keep_last,
         "--seed": training.seed,
         "--exit-interval": training.exit_interval,
+        "--exit-duration-in-mins": training.exit_duration_in_mins,
+        "--sample-interval": config.logging.sample_interval,
+        "--adam-eps": optimizer.adam_eps,
+        "--weight-decay": optimizer.weight_decay,
     }
     for flag, value in not_negative.items():
-        if value < 0:
+        if not 0 <= value < math.inf:
             raise ValueError(f"{flag} {value}: must not be negative")
     if any(steps < 1 for steps in method.phase_steps) or sum(method.phase_steps) != method.num_steps:
         steps = ",".join(map(str, method.phase_steps))
@@ -202,6 +198,10 @@ def validate(config: Config) -> None:
         raise ValueError("--guidance-scale: give one number, or two as low-noise,high-noise")
     if not 0 <= method.ema_decay < 1:
         raise ValueError(f"--ema-decay {method.ema_decay}: must lie in [0, 1)")
+    if method.ema_decay and method.generator == "full" and training.bf16:
+        raise ValueError(
+            "--ema-decay with --generator full and --bf16: bf16 is too coarse for an average; drop one of them"
+        )
     if not 0 < method.fixed_timestep < 1:
         raise ValueError(f"--fixed-timestep {method.fixed_timestep}: must lie in (0, 1)")
     if not 0 <= method.timestep_margin < 0.5:

@@ -1,7 +1,8 @@
 """Every option, one dataclass per concern. Each field's comment is its help text; the defaults stand here alone.
 
-Flags carry the field's name (`--micro-batch-size`); a YAML recipe groups them by concern (`training: {micro_batch_size: 1}`).
-Names and meanings are Megatron's where Megatron has them. Defaults of the method are the paper's (Appendix C).
+Flags carry the field's name (`--micro-batch-size`); a YAML recipe groups them by concern (`training:
+{micro_batch_size: 1}`). Names and meanings are Megatron's where Megatron has them. Defaults of the method are the
+paper's (Appendix C).
 """
 
 from collections.abc import Callable
@@ -203,6 +204,16 @@ class EvaluationConfig:
     teacher_steps: int = 40
     # Clips in one forward pass.
     batch_size: int = 64
+
+    @property
+    def classifier(self) -> Path:
+        """The task's classifier."""
+        return self.task_folder / "classifier.safetensors"
+
+    @property
+    def heldout_digits(self) -> Path:
+        """The digits of the task's real clips."""
+        return self.task_folder / "heldout_digits.png"
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,9 @@
 import contextlib
 import errno
 import io
+import os
 import re
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -30,17 +32,24 @@ def user_errors() -> Iterator[None]:
         is_user_error = isinstance(error, (ValueError, *_USER_OS_ERRORS)) or error.errno in _FULL_OR_READ_ONLY
         if not is_user_error:
             raise
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        if os.environ.get("RANK", "0") == "0":  # every rank meets the same mistake; one tells it
+            sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         raise SystemExit(2) from None
 
 
-def parse_options(options: type[Options], description: str, arguments: Sequence[str] | None = None) -> Options:
+def parse_options(
+    options: type[Options],
+    description: str,
+    arguments: Sequence[str] | None = None,
+    default: Options | None = None,
+) -> Options:
     """Reads a dataclass of options from the command line.
 
     Args:
         options: the dataclass; its fields become flags.
         description: text above the flags in `--help`.
         arguments: the flags; those of the process where not given.
+        default: values of the flags that are not given, instead of the dataclass's own.
 
     Raises:
         ValueError: an unknown flag or a bad value, in one line.
@@ -61,3 +70,23 @@ def _without_frame(box: str) -> str:
     text = re.split(r"For full helptext|Argument helptext:|Full helptext:", text)[0]
     titles = "Parsing error|Value error|Invalid choice|Missing argument|Required options|Unrecognized options"
     return re.sub(rf"^(?:{titles})\s+", "", text).strip() + " (see --help)"
+
+
+def require_space(path: Path, needed: int, flag: str) -> None:
+    """Refuses to start writing what the disk cannot hold.
+
+    Args:
+        path: file or folder to be written, there already or not.
+        needed: bytes.
+        flag: option that names the path, for the error's line.
+
+    Raises:
+        ValueError: fewer than `needed` bytes are free, with a hundredth and 1 MiB to spare.
+    """
+    parent = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.is_dir())
+    free = shutil.disk_usage(parent).free
+    if free < needed * 1.01 + 2**20:
+        raise ValueError(
+            f"{flag} {path}: no space on disk: {needed / 2**30:.2f} GiB needed, {free / 2**30:.2f} GiB free; "
+            "make room or choose another folder"
+        )
