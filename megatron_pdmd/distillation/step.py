@@ -1,0 +1,191 @@
+"""One iteration of Phased DMD: fake updates, then one generator update, as programs of passes.
+
+A program is a Python generator. It yields each model evaluation (`Pass`) and each backward pass (`Backward`) it
+needs, is sent the flow that the evaluation gave, and returns the numbers to log. So this file says what an iteration
+is, and whoever drives the programs says when and where each pass runs: `walk` runs one program in order on one rank.
+"""
+
+from collections.abc import Generator as Coroutine
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_pdmd.config import MethodConfig
+from megatron_pdmd.diffusion.noise_schedule import NoiseSchedule, sample_timesteps, timestep_cdf
+from megatron_pdmd.diffusion.phases import Expert, Phase, PhasePlan, expert_at, noise_interval
+from megatron_pdmd.diffusion.prediction import from_flow
+from megatron_pdmd.diffusion.sampler import euler_step, moves_of
+from megatron_pdmd.distillation.distribution_matching import dmd_gradient, guided_flow
+from megatron_pdmd.distillation.randomness import Counter, Purpose
+from megatron_pdmd.distillation.roles import Backward, Pass, Roles
+from megatron_pdmd.distillation.score_matching import score_matching_loss
+
+Metrics = dict[str, torch.Tensor]
+Program = Coroutine[Pass | Backward, torch.Tensor | None, Metrics]
+
+GENERATOR_UPDATE = -1  # the counter's `update` of an iteration's generator update
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one program works on.
+
+    Attributes:
+        samples: index of each sample in the global batch.
+        conditions: the samples' prompts, as the models take them.
+        negative: the negative prompt for as many samples.
+    """
+
+    samples: Sequence[int]
+    conditions: Any
+    negative: Any
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """What the iterations of one phase have in common.
+
+    Attributes:
+        method: the options of the method.
+        plan: all phases, and the boundary of a two-expert teacher.
+        phase: the phase being trained.
+        schedule: alpha_t and sigma_t.
+        latent_shape: shape of a sample, [C, F, H, W].
+        device: where latents live.
+    """
+
+    method: MethodConfig
+    plan: PhasePlan
+    phase: Phase
+    schedule: NoiseSchedule
+    latent_shape: tuple[int, ...]
+    device: torch.device
+
+    def fake_update(self, counter: Counter, batch: MicroBatch) -> Program:
+        """The fake score learns the generator's present distribution p(x_s): Eq. 4, 13 or 15."""
+        method = self.method
+        truncation = self._truncation(
+            counter, full=method.fake_rollout == "full" or method.gradient_truncation == "none"
+        )
+        x_s = yield from self._rollout(counter, batch, truncation, gradient=False)
+        t, eps, expert = self._diffusion(counter, batch)
+        s = torch.full_like(t, self.phase.end)
+        x_t = self.schedule.diffuse(x_s, eps, s, t)
+        flow = yield Pass("fake_score", expert, x_t, t, batch.conditions, gradient=True)
+        output = from_flow(flow, x_t, t, self.schedule, "x0") if method.objective == "x0" else flow
+        loss = score_matching_loss(
+            output, x_s, eps, s, t, self.schedule, objective=method.objective, clamp_max=method.clamp_max
+        )
+        yield Backward(loss)
+        return {"fake_loss": loss.detach()}
+
+    def generator_update(self, counter: Counter, batch: MicroBatch) -> Program:
+        """The generator descends the KL divergence at the phase's end s: Eq. 9 to 11."""
+        method = self.method
+        truncation = self._truncation(counter, full=method.gradient_truncation == "none")
+        x_s = yield from self._rollout(counter, batch, truncation, gradient=True)
+        t, eps, expert = self._diffusion(counter, batch)
+        s, sample = torch.full_like(t, self.phase.end), x_s.detach()
+        x_t = self.schedule.diffuse(sample, eps, s, t)
+        teacher_flow = yield Pass("teacher", expert, x_t, t, batch.conditions)
+        scale = guidance_scale(method, expert)
+        if scale != 1:
+            unconditional = yield Pass("teacher", expert, x_t, t, batch.negative)
+            teacher_flow = guided_flow(teacher_flow, unconditional, scale)
+        fake_flow = yield Pass("fake_score", expert, x_t, t, batch.conditions)
+        gradient = dmd_gradient(
+            teacher_flow, fake_flow, s, t, self.schedule, weighting=method.dmd_weighting, x_s=sample, x_t=x_t
+        )
+        yield Backward(x_s, gradient / gradient.numel())
+        gap = (teacher_flow - fake_flow).square().mean().sqrt() / teacher_flow.square().mean().sqrt()
+        return {"dmd_gradient": gradient.abs().mean(), "score_gap": gap}
+
+    def _truncation(self, counter: Counter, full: bool) -> int:
+        """j of SGTS, one draw a global batch: how many of the phase's steps run, the last one jumping to its end."""
+        steps = len(self.phase.steps)
+        return steps if full else 1 + counter.integer(Purpose.TRUNCATION, steps)
+
+    def _rollout(
+        self, counter: Counter, batch: MicroBatch, truncation: int, gradient: bool
+    ) -> Coroutine[Pass, torch.Tensor, torch.Tensor]:
+        """x_s = pipeline(G_1 .. G_k) from noise, [B, C, F, H, W] fp32; with `gradient`, through the phase's last step
+        run.
+
+        Without truncation (`--gradient-truncation none`) the gradient runs through all the phase's steps.
+        """
+        x = counter.normal(Purpose.INITIAL_NOISE, self.latent_shape, batch.samples).to(self.device)
+        through_all = self.method.gradient_truncation == "none"
+        moves = moves_of(self.plan.phases[: self.phase.index], truncation)
+        for move in moves:
+            learns = gradient and move.phase == self.phase and (through_all or move is moves[-1])
+            t = torch.full((len(batch.samples),), move.t, device=self.device)
+            flow = yield Pass("generator", move.phase.index, x, t, batch.conditions, gradient=learns)
+            x = euler_step(x, flow, t, torch.full_like(t, move.t_next), self.schedule)
+        return x
+
+    def interval(self) -> tuple[float, float]:
+        """The noise interval from which this phase draws t."""
+        method = self.method
+        return noise_interval(self.phase, method.noise_interval, self.plan.boundary, fixed_t=method.fixed_timestep)
+
+    def experts(self) -> tuple[Expert, ...]:
+        """The teacher's experts that own a part of the interval, the noisier first."""
+        low, high = self.interval()
+        boundary = self.plan.boundary
+        if boundary is not None and low < boundary < high:
+            return ("high_noise", "low_noise")
+        return (expert_at((low + high) / 2, boundary),)
+
+    def _boundary_quantile(self) -> float:
+        """Share of T(t; s, 1) that lies below the teacher's boundary."""
+        low, high = self.interval()
+        return timestep_cdf(self.plan.boundary, low, high, self.schedule, **self._distribution())
+
+    def _distribution(self) -> dict[str, Any]:
+        return {"distribution": self.method.timestep_distribution, "margin": self.method.timestep_margin}
+
+    def expert(self, counter: Counter) -> Expert:
+        """The teacher's expert that owns every t of an update: one draw for the global batch, with T's probability."""
+        experts = self.experts()
+        if len(experts) == 1:
+            return experts[0]
+        return experts[0] if counter.uniform(Purpose.TEACHER_SIDE).item() >= self._boundary_quantile() else experts[1]
+
+    def _diffusion(self, counter: Counter, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, Expert]:
+        """t ~ T(t; s, 1) [B] on the update's side of the boundary, eps [B, C, F, H, W], and that side's expert."""
+        eps = counter.normal(Purpose.DIFFUSION_NOISE, self.latent_shape, batch.samples).to(self.device)
+        u, expert = counter.uniform(Purpose.DIFFUSION_TIME, batch.samples), self.expert(counter)
+        if len(self.experts()) == 2:
+            below = self._boundary_quantile()
+            u = below + (1 - below) * u if expert == "high_noise" else below * u
+        t = sample_timesteps(u, *self.interval(), self.schedule, **self._distribution())
+        return t.to(self.device), eps, expert
+
+
+def guidance_scale(method: MethodConfig, expert: str) -> float:
+    """The teacher's guidance scale of an expert: one number for all, or (low noise, high noise)."""
+    return method.guidance_scale[-1 if expert == "high_noise" else 0]
+
+
+def walk(program: Program, roles: Roles, share: float = 1.0) -> Metrics:
+    """Runs a program's passes in order on this rank and returns its numbers.
+
+    Args:
+        program: one micro-batch's part of an update.
+        roles: who answers its passes.
+        share: what the micro-batch counts in the update's mean; its gradients are multiplied by it.
+    """
+    reply = None
+    while True:
+        try:
+            request = program.send(reply)
+        except StopIteration as finished:
+            return finished.value
+        if isinstance(request, Pass):
+            reply = roles.run(request)
+        else:
+            gradient = torch.ones_like(request.output) if request.gradient is None else request.gradient
+            request.output.backward(share * gradient)
+            reply = None
