@@ -1,0 +1,215 @@
+"""The trained experts as a Hugging Face pipeline folder that diffusers loads by itself."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_pdmd.conversion.model_card import model_card
+from megatron_pdmd.conversion.pipeline_folder import TRANSFORMERS, PipelineFolder, read_pipeline
+from megatron_pdmd.conversion.weight_files import (
+    DIFFUSERS_STEM,
+    StoredTensor,
+    model_size,
+    read_model_header,
+    write_model,
+)
+from megatron_pdmd.errors import require_space
+
+SAMPLING_FILE = "few_step_sampling.json"
+_FORMAT = "megatron-pdmd-few-step"
+_NEVER_COPIED = shutil.ignore_patterns("*.py", "*.pyc", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", ".*")
+
+
+@dataclass(frozen=True)
+class TrainedExpert:
+    """The expert of one phase.
+
+    Attributes:
+        steps: noise levels at which sampling evaluates it, falling.
+        base: the source's expert that it was trained from (`single`, `high_noise`, `low_noise`).
+        tensors: its weights under diffusers' names; pairs are taken one by one, so that a generator streams them.
+    """
+
+    steps: tuple[float, ...]
+    base: str
+    tensors: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]
+
+
+def export_pipeline(
+    source: PipelineFolder,
+    destination: Path,
+    experts: Sequence[TrainedExpert],
+    *,
+    shift: float,
+    boundary_ratio: float | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int = 5_000_000_000,
+    prompt_length: int | None = None,
+) -> PipelineFolder:
+    """Writes the experts with everything else that the source's pipeline has.
+
+    The folder is written under another name and renamed, so that it is there as a whole or not at all.
+
+    Args:
+        source: the teacher's folder.
+        destination: a new or empty folder, or an earlier export, which is replaced.
+        experts: one for each phase, first phase first; one becomes `transformer`, two also `transformer_2`, whether the
+            teacher had one or two.
+        shift: the schedule's timestep shift.
+        boundary_ratio: noise level that separates two experts; their middle where not given.
+        dtype: of the weights; None keeps what `experts` have.
+        max_shard_size: bytes in one file.
+        prompt_length: tokens that the experts were trained with; told in the model card.
+
+    Returns:
+        The written folder.
+
+    Raises:
+        ValueError: more experts than a pipeline holds, a boundary that does not separate them, weights that do not fit
+            the source's, an occupied destination, or no space on the disk.
+    """
+    destination = Path(destination)
+    boundary_ratio = _checked_boundary(experts, boundary_ratio)
+    headers = [read_model_header(source.path / source.experts[expert.base], DIFFUSERS_STEM) for expert in experts]
+    copied = [name for name in source.model_classes if name not in (*TRANSFORMERS, "scheduler")]
+    needed = sum(model_size(header, dtype) for header in headers) + _copied_size(source, copied)
+    require_space(destination, needed, "--hf")
+    sampling = {
+        "format": _FORMAT,
+        "steps": [list(expert.steps) for expert in experts],
+        "timestep_shift": shift,
+        "boundary_ratio": boundary_ratio,
+        "guidance_scale": 1.0,
+        "prompt_length": prompt_length,
+    }
+    with replaced_folder(destination, lambda folder: (folder / SAMPLING_FILE).is_file()) as partial:
+        for name in copied:
+            shutil.copytree(source.path / name, partial / name, ignore=_NEVER_COPIED)
+        for path in [*source.path.glob("LICENSE*"), *source.path.glob("NOTICE*")]:
+            shutil.copyfile(path, partial / path.name)
+        for subfolder, expert, header in zip(TRANSFORMERS, experts, headers, strict=False):
+            (partial / subfolder).mkdir()
+            shutil.copyfile(
+                source.path / source.experts[expert.base] / "config.json", partial / subfolder / "config.json"
+            )
+            pairs = expert.tensors.items() if isinstance(expert.tensors, Mapping) else expert.tensors
+            shapes = write_model(partial / subfolder, pairs, dtype=dtype, max_shard_size=max_shard_size)
+            _check_shapes(subfolder, shapes, header)
+        _write_scheduler(partial / "scheduler", shift)
+        _write_json(partial / "model_index.json", _model_index(source, len(experts), boundary_ratio))
+        _write_json(partial / SAMPLING_FILE, sampling)
+        (partial / "README.md").write_text(model_card(source, [expert.steps for expert in experts], sampling))
+    return read_pipeline(destination)
+
+
+def read_sampling(folder: Path) -> dict[str, Any] | None:
+    """How an exported pipeline is to be sampled, or None where the folder is not an export.
+
+    Returns:
+        `steps` (noise levels of each expert), `timestep_shift`, `boundary_ratio`, `guidance_scale`, `prompt_length`.
+
+    Raises:
+        ValueError: the description is damaged.
+    """
+    path = Path(folder) / SAMPLING_FILE
+    if not path.is_file():
+        return None
+    try:
+        sampling = json.loads(path.read_text(encoding="utf-8"))
+        whole = sampling["format"] == _FORMAT and all(0 < t <= 1 for steps in sampling["steps"] for t in steps)
+        whole = whole and sampling["timestep_shift"] > 0 and sampling.keys() >= {"guidance_scale", "prompt_length"}
+    except (OSError, ValueError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise ValueError(f"{path}: is damaged; export the run again")
+    return sampling
+
+
+@contextmanager
+def replaced_folder(destination: Path, is_ours: Callable[[Path], bool]) -> Iterator[Path]:
+    """A folder to write into, which becomes `destination` when the body is done and vanishes when it fails.
+
+    Args:
+        destination: new, empty, or made by an earlier call.
+        is_ours: tells whether a folder that is not empty may be replaced.
+
+    Raises:
+        ValueError: the destination holds something else.
+    """
+    if destination.exists() and not destination.is_dir():
+        raise ValueError(f"--hf {destination}: is a file; name a folder")
+    if destination.exists() and any(destination.iterdir()) and not is_ours(destination):
+        raise ValueError(f"--hf {destination}: is not empty and not an export of this program; name a new folder")
+    partial, old = (destination.with_name(f".{destination.name}.{kind}") for kind in ("partial", "old"))
+    for leftover in (partial, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if destination.exists():
+        destination.rename(old)
+    partial.rename(destination)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _checked_boundary(experts: Sequence[TrainedExpert], boundary: float | None) -> float | None:
+    if not 1 <= len(experts) <= len(TRANSFORMERS):
+        raise ValueError(
+            f"{len(experts)} experts: a pipeline folder holds one or two; export LoRA files (--weights lora)"
+        )
+    assert all(expert.steps for expert in experts), "every expert owns a step"
+    if len(experts) == 1:
+        return None
+    above, below = min(experts[0].steps), max(experts[1].steps)
+    boundary = (above + below) / 2 if boundary is None else boundary
+    if not below < boundary < above:
+        raise ValueError(
+            f"boundary_ratio {boundary}: must lie strictly between {below:.4f} and {above:.4f}, the steps it separates"
+        )
+    return boundary
+
+
+def _check_shapes(subfolder: str, shapes: Mapping[str, tuple[int, ...]], header: Mapping[str, StoredTensor]) -> None:
+    expected = {name: tensor.shape for name, tensor in header.items()}
+    wrong = sorted(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name))
+    if wrong:
+        name = wrong[0]
+        raise ValueError(
+            f"{subfolder}: {len(wrong)} tensors do not fit the source's, such as '{name}': "
+            f"{shapes.get(name, 'missing')} for {expected.get(name, 'none')}; name the teacher that was distilled"
+        )
+
+
+def _copied_size(source: PipelineFolder, names: Sequence[str]) -> int:
+    return sum(path.stat().st_size for name in names for path in (source.path / name).rglob("*") if path.is_file())
+
+
+def _model_index(source: PipelineFolder, experts: int, boundary_ratio: float | None) -> dict[str, Any]:
+    absent = [None, None]
+    transformer = list(source.index[TRANSFORMERS[0]])
+    return {
+        **source.index,
+        "boundary_ratio": boundary_ratio,
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        TRANSFORMERS[0]: transformer,
+        TRANSFORMERS[1]: transformer if experts == 2 else absent,
+    }
+
+
+def _write_scheduler(folder: Path, shift: float) -> None:
+    folder.mkdir()
+    config = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": shift}
+    _write_json(folder / "scheduler_config.json", config)
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,96 @@
+"""Safetensors headers and sharded files, against the safetensors library."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_pdmd.conversion.weight_files import model_size, read_header, read_model_header, write_model
+
+STEM = "diffusion_pytorch_model"
+
+
+@pytest.fixture
+def tensors() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(6, 8, generator=generator)
+    named = {f"layer.{i}.weight": torch.randn(4, i + 1, generator=generator) for i in range(5)}
+    return named | {"transposed": base.T, "view": base[:2], "empty": torch.zeros(0, 3), "count": torch.tensor(7)}
+
+
+def _load_all(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+@pytest.mark.parametrize("limit", [1, 100, 10**9])
+def test_write_and_read_back(tmp_path: Path, tensors: dict[str, torch.Tensor], limit: int) -> None:
+    shapes = write_model(tmp_path, iter(tensors.items()), max_shard_size=limit)
+    loaded = _load_all(tmp_path)
+    header = read_model_header(tmp_path, STEM)
+    assert loaded.keys() == tensors.keys() == shapes.keys() == header.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(loaded[name], tensor)
+        assert header[name].shape == shapes[name] == tuple(tensor.shape)
+    assert model_size(header, None) == sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    files = sorted(path.name for path in tmp_path.iterdir())
+    if limit == 10**9:
+        assert files == [f"{STEM}.safetensors"]
+        return
+    index = json.loads((tmp_path / f"{STEM}.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == model_size(header, None)
+    count = len(set(index["weight_map"].values()))
+    assert files[:-1] == [f"{STEM}-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    stored = (tensor for path in tmp_path.glob("*.safetensors") for tensor in [read_header(path)])
+    assert all(len(shard) == 1 or sum(tensor.size for tensor in shard.values()) <= limit for shard in stored)
+
+
+def test_write_casts_floating_point_alone(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    write_model(tmp_path, tensors.items(), dtype=torch.bfloat16)
+    loaded = _load_all(tmp_path)
+    assert loaded.pop("count").dtype == torch.int64
+    assert {tensor.dtype for tensor in loaded.values()} == {torch.bfloat16}
+    assert torch.equal(loaded["view"], tensors["view"].bfloat16())
+
+
+@pytest.mark.parametrize("kept", [0, 4, 8, 50, -1])
+def test_truncated_files_are_refused(tmp_path: Path, tensors: dict[str, torch.Tensor], kept: int) -> None:
+    write_model(tmp_path, tensors.items())
+    path = tmp_path / f"{STEM}.safetensors"
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=r"diffusion_pytorch_model\.safetensors: is truncated"):
+        read_model_header(tmp_path, STEM)
+
+
+@pytest.mark.parametrize(
+    "content", [b"\x02\0\0\0\0\0\0\0[]", b"\x03\0\0\0\0\0\0\0{x}", b"\x0f\0\0\0\0\0\0\0" + b'{"a":{"dt":"F"}']
+)
+def test_other_files_are_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"no valid safetensors header|truncated"):
+        read_header(path)
+
+
+@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "a/b.safetensors", "..", 3])
+def test_index_that_leads_outside_is_refused(tmp_path: Path, name: object) -> None:
+    save_file({"a": torch.zeros(1)}, tmp_path / "secret.safetensors")
+    folder = tmp_path / "model"
+    (folder / "a").mkdir(parents=True)
+    (folder / f"{STEM}.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(ValueError, match="outside its folder"):
+        read_model_header(folder, STEM)
+
+
+def test_index_must_match_its_files(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    write_model(tmp_path, tensors.items(), max_shard_size=1)
+    index = tmp_path / f"{STEM}.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["more"] = content["weight_map"]["view"]
+    index.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="holds 'more', but it does not"):
+        read_model_header(tmp_path, STEM)
+    (tmp_path / content["weight_map"]["view"]).unlink()
+    with pytest.raises(ValueError, match="No such file"):
+        read_model_header(tmp_path, STEM)
