@@ -1,0 +1,200 @@
+"""Low-rank adapters on a model's parallel linears: W' = W + (alpha / rank) B A; https://arxiv.org/abs/2106.09685.
+
+A model may carry many adapters and each call names the one to apply, so teacher and generator share base weights, and
+a pass that is computed again in backward uses the adapter it was first computed with. Whole (unsharded) tensors cross
+this file's border; calls that gather them are collective over the tensor-parallel group.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from megatron_pdmd.models.layers.linear import ColumnLinear, RowLinear, linear_init
+from megatron_pdmd.models.layers.tensor_parallel import TensorParallel, partition_dim
+
+# Endings of the names of every attention and feed-forward linear.
+DEFAULT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
+
+AdaptableLinear = ColumnLinear | RowLinear
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """What an adapter is: its rank, alpha (the update is scaled by alpha / rank), the endings of its linears' names."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...] = DEFAULT_TARGETS
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"--lora-rank {self.rank}: expected at least 1")
+        if not self.alpha > 0:
+            raise ValueError(f"--lora-alpha {self.alpha}: expected a positive number")
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank."""
+        return self.alpha / self.rank
+
+
+class AdaptableModel(Protocol):
+    """What these functions need of a model, besides being a module."""
+
+    adapters: dict[str, AdapterConfig]
+    parallel: TensorParallel
+
+
+def add_adapter(
+    model: nn.Module,
+    name: str,
+    *,
+    rank: int,
+    alpha: float,
+    targets: tuple[str, ...] = DEFAULT_TARGETS,
+    seed: int = 0,
+) -> None:
+    """Adds an adapter that changes nothing yet: A is Kaiming-uniform, as peft draws it, and B is zero.
+
+    A depends on the seed and the linear's name alone, not on the layout or on other adapters.
+
+    Args:
+        model: an `AdaptableModel`.
+        name: what calls will name it by, a Python identifier.
+        rank: rank of the update.
+        alpha: the update is scaled by alpha / rank.
+        targets: linears whose name is one of these or ends with one after a dot.
+        seed: of A.
+
+    Raises:
+        ValueError: a bad name or rank, a name that is taken, or targets that match nothing.
+    """
+    if not name.isidentifier():
+        raise ValueError(f"adapter {name!r}: use letters, digits and underscores only")
+    if name in model.adapters:
+        raise ValueError(f"adapter {name!r} exists already; remove it first")
+    config = AdapterConfig(rank=rank, alpha=alpha, targets=tuple(targets))
+    for target in config.targets:
+        if not any(_matches(linear_name, (target,)) for linear_name, _ in _linears(model)):
+            raise ValueError(f"adapter {name!r}: no linear's name ends with {target!r}; check the targets")
+    for linear_name, linear in _linears(model):
+        if not _matches(linear_name, config.targets):
+            continue
+        digest = hashlib.sha256(f"{seed}/{linear_name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
+        a = torch.empty(rank, linear.input_size, device="cpu")
+        linear_init(a, generator=generator)
+        linear.add_adapter(name, a, torch.zeros(linear.output_size, rank, device="cpu"), config.scale)
+    model.adapters[name] = config
+
+
+def remove_adapter(model: nn.Module, name: str) -> None:
+    """Removes an adapter and its parameters.
+
+    Raises:
+        ValueError: there is no such adapter.
+    """
+    for _, linear in _adapted(model, name):
+        linear.remove_adapter(name)
+    del model.adapters[name]
+
+
+def adapter_parameters(model: nn.Module, name: str) -> list[nn.Parameter]:
+    """This rank's parameters of an adapter, A before B, in the order of the model's linears.
+
+    Raises:
+        ValueError: there is no such adapter.
+    """
+    return [parameters[name] for _, linear in _adapted(model, name) for parameters in (linear.lora_A, linear.lora_B)]
+
+
+def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Names and parameters of the model without its adapters."""
+    for name, parameter in model.named_parameters():
+        if ".lora_A." not in name and ".lora_B." not in name:
+            yield name, parameter
+
+
+def adapter_state_dict(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """The whole A and B of an adapter as `<linear>.lora_A.weight` and `<linear>.lora_B.weight`, detached.
+
+    Raises:
+        ValueError: there is no such adapter.
+    """
+    state = {}
+    for linear_name, linear in _adapted(model, name):
+        dims = linear.adapter_partition_dims
+        for letter, parameters, dim in zip("AB", (linear.lora_A, linear.lora_B), dims, strict=True):
+            state[f"{linear_name}.lora_{letter}.weight"] = model.parallel.unshard(parameters[name].detach(), dim)
+    return state
+
+
+@torch.no_grad()
+def load_adapter_state_dict(model: nn.Module, name: str, state: Mapping[str, Tensor]) -> None:
+    """Copies whole tensors, named as `adapter_state_dict` names them, into an adapter that the model has.
+
+    Raises:
+        ValueError: there is no such adapter, or names or shapes do not fit it.
+    """
+    expected = {}
+    for linear_name, linear in _adapted(model, name):
+        a_dim, b_dim = linear.adapter_partition_dims
+        expected[f"{linear_name}.lora_A.weight"] = (linear.lora_A[name], a_dim)
+        expected[f"{linear_name}.lora_B.weight"] = (linear.lora_B[name], b_dim)
+    if difference := sorted(expected.keys() ^ state.keys()):
+        kind = "misses" if difference[0] in expected else "has an unknown"
+        raise ValueError(
+            f"adapter {name!r}: the file {kind} {difference[0]} ({len(difference)} such); check its targets"
+        )
+    for key, (parameter, dim) in expected.items():
+        local = model.parallel.shard(state[key], dim)
+        if local.shape != parameter.shape:
+            raise ValueError(
+                f"adapter {name!r}: {key} is {list(local.shape)}, not {list(parameter.shape)}; check the rank"
+            )
+        parameter.copy_(local)
+
+
+@torch.no_grad()
+def merged_tensors(model: nn.Module, name: str | None) -> Iterator[tuple[str, Tensor]]:
+    """The model's whole tensors one after the other, with an adapter merged into them in fp32 where one is named.
+
+    Yields:
+        Name and tensor in the parameter's dtype; where nothing was merged or gathered it is the parameter's own memory.
+
+    Raises:
+        ValueError: there is no such adapter.
+    """
+    adapted = {} if name is None else {f"{key}.weight": linear for key, linear in _adapted(model, name)}
+    for key, parameter in base_parameters(model):
+        tensor = parameter.detach()
+        if key in adapted:
+            tensor = (
+                tensor.to(torch.promote_types(tensor.dtype, torch.float32)) + adapted[key].adapter_delta(name)
+            ).to(tensor.dtype)
+        yield key, model.parallel.unshard(tensor, partition_dim(parameter))
+
+
+def merged_state_dict(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """The model's whole state with an adapter merged: W + (alpha / rank) B A in fp32, then cast to W's dtype."""
+    return dict(merged_tensors(model, name))
+
+
+def _linears(model: nn.Module) -> Iterator[tuple[str, AdaptableLinear]]:
+    for name, module in model.named_modules():
+        if isinstance(module, AdaptableLinear):
+            yield name, module
+
+
+def _adapted(model: nn.Module, name: str) -> Iterator[tuple[str, AdaptableLinear]]:
+    if name not in model.adapters:
+        raise ValueError(f"adapter {name!r}: the model has {sorted(model.adapters) or 'none'}; add it first")
+    return ((linear_name, linear) for linear_name, linear in _linears(model) if name in linear.lora_scale)
+
+
+def _matches(name: str, targets: tuple[str, ...]) -> bool:
+    return any(name == target or name.endswith(f".{target}") for target in targets)
