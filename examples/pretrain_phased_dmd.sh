@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+''':'
+# Phased DMD in Megatron's style. Without flags it is the quickstart: the bundled tiny teacher, on CPU.
+#
+#   bash examples/pretrain_phased_dmd.sh [flags]                 checks the input, then launches torchrun itself
+#   torchrun [options] examples/pretrain_phased_dmd.sh [flags]   the same file, run once per rank (Python, at the end)
+#
+# Flags win over the recipe; --config FILE chooses another one. Paths are taken from the project's root.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+[ -x .venv/bin/torchrun ] && PATH="$PWD/.venv/bin:$PATH"
+
+GPUS=$( (nvidia-smi --list-gpus 2>/dev/null || true) | wc -l)
+RANKS_PER_NODE=${RANKS_PER_NODE:-$((GPUS > 0 ? GPUS : 2))}
+NUM_NODES=${NUM_NODES:-1}
+NODE_RANK=${NODE_RANK:-0}
+MASTER_ADDR=${MASTER_ADDR:-localhost}
+MASTER_PORT=${MASTER_PORT:-29500}
+RECIPE=${RECIPE:-examples/recipes/tiny_wan.yaml}
+
+DISTRIBUTED_ARGS=(--nproc-per-node "$RANKS_PER_NODE" --nnodes "$NUM_NODES")
+if [ "$NUM_NODES" -gt 1 ]; then
+    DISTRIBUTED_ARGS+=(--node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT")
+else
+    DISTRIBUTED_ARGS+=(--standalone)
+fi
+
+TRAINING_ARGS=(--config "$RECIPE" "$@")
+
+# Bad input ends here, in one process, with one line and exit code 2.
+python -m megatron_pdmd.preflight "${TRAINING_ARGS[@]}"
+
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+exec torchrun "${DISTRIBUTED_ARGS[@]}" examples/pretrain_phased_dmd.sh "${TRAINING_ARGS[@]}"
+'''
+
+import sys
+from pathlib import Path
+
+from megatron_pdmd.pretrain import main
+
+if __name__ == "__main__":
+    recipe = Path(__file__).parent / "recipes" / "tiny_wan.yaml"
+    sys.exit(main(["--config", str(recipe), *sys.argv[1:]]))
