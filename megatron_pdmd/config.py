@@ -17,10 +17,16 @@ T = TypeVar("T", int, float)
 
 
 def _comma_separated(convert: Callable[[str], T], metavar: str) -> PrimitiveConstructorSpec:
+    def read(texts: list[str]) -> tuple[T, ...]:
+        try:
+            return tuple(convert(part) for part in texts[0].split(","))
+        except ValueError:
+            raise ValueError(f"expected {metavar}, got '{texts[0]}'") from None
+
     return PrimitiveConstructorSpec(
         nargs=1,
         metavar=metavar,
-        instance_from_str=lambda texts: tuple(convert(part) for part in texts[0].split(",")),
+        instance_from_str=read,
         is_instance=lambda value: isinstance(value, tuple) and all(isinstance(part, int | float) for part in value),
         str_from_instance=lambda value: [",".join(str(part) for part in value)],
     )

@@ -19,17 +19,24 @@ _USER_OS_ERRORS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADi
 _FULL_OR_READ_ONLY = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
+class NoSpaceError(ValueError):
+    """The disk cannot hold what is to be written."""
+
+
 @contextlib.contextmanager
-def user_errors() -> Iterator[None]:
+def user_errors(mistake: type[ValueError] = ValueError) -> Iterator[None]:
     """Ends the process with exit code 2 and one line on stderr when the body meets a user's mistake.
 
     A mistake is a ValueError, a path that is missing, occupied or forbidden, or a disk that is full or read-only. Every
     other exception passes through with its traceback, for it is ours to mend.
+
+    Args:
+        mistake: the kind of ValueError that counts; a narrower one where the body's own ValueErrors would be bugs.
     """
     try:
         yield
-    except (ValueError, OSError) as error:
-        is_user_error = isinstance(error, (ValueError, *_USER_OS_ERRORS)) or error.errno in _FULL_OR_READ_ONLY
+    except (mistake, OSError) as error:
+        is_user_error = isinstance(error, (mistake, *_USER_OS_ERRORS)) or error.errno in _FULL_OR_READ_ONLY
         if not is_user_error:
             raise
         if os.environ.get("RANK", "0") == "0":  # every rank meets the same mistake; one tells it
@@ -57,7 +64,8 @@ def parse_options(
     messages = io.StringIO()
     try:
         with contextlib.redirect_stderr(messages):
-            return tyro.cli(options, description=description, args=arguments, prog=Path(sys.argv[0]).name)
+            program, given = Path(sys.argv[0]).name, {} if default is None else {"default": default}
+            return tyro.cli(options, description=description, args=arguments, prog=program, **given)
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
@@ -81,12 +89,12 @@ def require_space(path: Path, needed: int, flag: str) -> None:
         flag: option that names the path, for the error's line.
 
     Raises:
-        ValueError: fewer than `needed` bytes are free, with a hundredth and 1 MiB to spare.
+        NoSpaceError: fewer than `needed` bytes are free, with a hundredth and 1 MiB to spare.
     """
     parent = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.is_dir())
     free = shutil.disk_usage(parent).free
     if free < needed * 1.01 + 2**20:
-        raise ValueError(
+        raise NoSpaceError(
             f"{flag} {path}: no space on disk: {needed / 2**30:.2f} GiB needed, {free / 2**30:.2f} GiB free; "
             "make room or choose another folder"
         )

@@ -99,8 +99,8 @@ class Iteration:
             teacher_flow, fake_flow, s, t, self.schedule, weighting=method.dmd_weighting, x_s=sample, x_t=x_t
         )
         yield Backward(x_s, gradient / gradient.numel())
-        gap = (teacher_flow - fake_flow).square().mean().sqrt() / teacher_flow.square().mean().sqrt()
-        return {"dmd_gradient": gradient.abs().mean(), "score_gap": gap}
+        gap = (teacher_flow - fake_flow).flatten(1).norm(dim=1) / teacher_flow.flatten(1).norm(dim=1)
+        return {"dmd_gradient": gradient.abs().mean(), "score_gap": gap.mean()}
 
     def _truncation(self, counter: Counter, full: bool) -> int:
         """j of SGTS, one draw a global batch: how many of the phase's steps run, the last one jumping to its end."""
