@@ -1,0 +1,67 @@
+"""What a run tells: Megatron's log line, metrics.jsonl and TensorBoard."""
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+
+
+@dataclass
+class MetricsLog:
+    """Writes the metrics of logged iterations. Only one rank has one.
+
+    Attributes:
+        folder: the run's folder.
+        total: iterations of the whole run.
+        first: iteration the launch starts after.
+        tensorboard: whether to write TensorBoard events.
+    """
+
+    folder: Path
+    total: int
+    first: int
+    tensorboard: bool
+    _writer: SummaryWriter | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        if self.tensorboard:
+            self._writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.first + 1)
+
+    def write(self, entry: Mapping[str, float | int]) -> None:
+        """Logs one iteration; a number that is not finite is null in metrics.jsonl, for JSON has none.
+
+        Args:
+            entry: `iteration`, `phase`, `consumed_samples`, `milliseconds`, `learning_rate`, `global_batch_size`,
+                `skipped_updates`, and any losses and gradient norms.
+        """
+        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({k: v if math.isfinite(v) else None for k, v in entry.items()}) + "\n")
+        if self._writer:
+            for name, value in entry.items():
+                if name != "iteration":
+                    self._writer.add_scalar(name, value, entry["iteration"])
+        print(self.line(entry), flush=True)
+
+    def line(self, entry: Mapping[str, float | int]) -> str:
+        """Megatron's log line, with the phase after the iteration."""
+        parts = [
+            f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] iteration {entry['iteration']:8d}/{self.total:8d}",
+            f"phase: {entry['phase']}",
+            f"consumed samples: {entry['consumed_samples']:12d}",
+            f"elapsed time per iteration (ms): {entry['milliseconds']:.1f}",
+            f"learning rate: {entry['learning_rate']:.6E}",
+            f"global batch size: {entry['global_batch_size']:5d}",
+        ]
+        for name, value in entry.items():
+            if name.endswith(("loss", "gap", "gradient", "grad_norm")):
+                parts.append(f"{name.replace('_', ' ')}: {value:.6E}")
+        parts.append(f"number of skipped updates: {entry['skipped_updates']:3d}")
+        return " " + " | ".join(parts) + " |"
+
+    def close(self) -> None:
+        if self._writer:
+            self._writer.close()

@@ -1,0 +1,176 @@
+"""The training of one phase: gradient buffers and optimizers of its trained roles, and its iterations on this rank."""
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+
+from megatron_pdmd.config import Config
+from megatron_pdmd.data.prompts import PromptEmbeddings
+from megatron_pdmd.distillation.randomness import Counter, Purpose
+from megatron_pdmd.distillation.step import GENERATOR_UPDATE, Iteration, MicroBatch, Program, walk
+from megatron_pdmd.parallel.data_parallel import data_parallel, no_sync, release_data_parallel
+from megatron_pdmd.parallel.topology import Topology
+from megatron_pdmd.training.networks import Networks, load_network_state, network_state
+from megatron_pdmd.training.optimizer import RoleOptimizer, build_optimizer
+
+Metrics = dict[str, float]
+
+
+class TrainedNetwork:
+    """A network that learns in this phase, with its gradient buffer and its optimizer."""
+
+    def __init__(self, module: torch.nn.Module, config: Config, lr: float):
+        options = config.optimizer
+        self.module = module
+        bf16 = config.training.bf16
+        self._parallel = data_parallel(module, bf16=bf16, overlap_grad_reduce=config.parallel.overlap_grad_reduce)
+        self.optimizer: RoleOptimizer = build_optimizer(
+            [self._parallel],
+            lr=lr,
+            betas=(options.adam_beta1, options.adam_beta2),
+            eps=options.adam_eps,
+            weight_decay=options.weight_decay,
+            clip_grad=options.clip_grad,
+            bf16=bf16,
+        )
+
+    def accumulate(self, programs: list[Callable[[], dict[str, torch.Tensor]]]) -> list[dict[str, torch.Tensor]]:
+        """Runs the micro-batches of one update; gradients add up without communication until the last."""
+        self.optimizer.zero_grad()
+        with no_sync([self._parallel]):
+            results = [run() for run in programs[:-1]]
+        return [*results, programs[-1]()]
+
+    def release(self) -> None:
+        """Gives the buffers back, so that the network can be wrapped again."""
+        release_data_parallel(self._parallel)
+
+
+class PhaseTrainer:
+    """Runs the iterations of one phase."""
+
+    def __init__(
+        self, config: Config, iteration: Iteration, networks: Networks, prompts: PromptEmbeddings, topology: Topology
+    ):
+        self._config = config
+        self._iteration = iteration
+        self._networks = networks
+        self._prompts = prompts
+        self._topology = topology
+        self.index = iteration.phase.index
+        networks.start_training(self.index)
+        self._roles = networks.roles(self.index)
+        self._generator = TrainedNetwork(networks.trained_network(self.index), config, config.optimizer.lr)
+        wrap = functools.cache(lambda module: TrainedNetwork(module, config, config.optimizer.fake_lr))
+        self._fake_score: Mapping[str, TrainedNetwork] = {
+            expert: wrap(module) for expert, module in networks.fake_score.items()
+        }
+
+    def run_iteration(self, index: int) -> Metrics:
+        """n fake updates, then one generator update.
+
+        Args:
+            index: 0-based iteration of the phase.
+
+        Returns:
+            What to log: losses averaged over the updates and all ranks, gradient norms, `skipped_updates`.
+        """
+        method, counter = self._config.method, Counter(self._config.training.seed, self.index, index, GENERATOR_UPDATE)
+        updates = method.fake_updates + (method.fake_warmup if index == 0 else 0)
+        logged = []
+        for update in range(updates):
+            own = counter.at(update=update)
+            network = self._fake_score[self._iteration.expert(own)]
+            logged.append(self._update("fake", network, self._iteration.fake_update, own))
+        fake = {name: math.fsum(entry[name] for entry in logged) / updates for name in logged[0]}
+        generator = self._update("generator", self._generator, self._iteration.generator_update, counter)
+        if not generator["skipped_updates"]:
+            self._networks.update_average(self.index)
+        skipped = sum(entry["skipped_updates"] for entry in logged) + generator["skipped_updates"]
+        return fake | generator | {"skipped_updates": skipped}
+
+    def state(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Weights of the fake score and states of the optimizers, by file."""
+        states = {"generator_optimizer": self._generator.optimizer.named_state()}
+        for expert, network in self._distinct_fakes().items():
+            states[f"fake_score_{expert}"] = network_state(network.module)
+            states[f"fake_score_{expert}_optimizer"] = network.optimizer.named_state()
+        return states
+
+    def load_state(self, read: Callable[[str], Mapping[str, torch.Tensor]]) -> None:
+        """Restores `state`; `read` gives the tensors of a file."""
+        for expert, network in self._distinct_fakes().items():
+            name = f"fake_score_{expert}"
+            load_network_state(network.module, read(name), name)
+            network.optimizer.reload_master_weights()
+            network.optimizer.load_named_state(read(f"{name}_optimizer"))
+        self._generator.optimizer.reload_master_weights()
+        self._generator.optimizer.load_named_state(read("generator_optimizer"))
+
+    def release(self) -> None:
+        """Frees buffers and optimizer states at the phase's end."""
+        for network in (self._generator, *self._distinct_fakes().values()):
+            network.release()
+
+    def _distinct_fakes(self) -> dict[str, TrainedNetwork]:
+        found: dict[str, TrainedNetwork] = {}
+        for expert, network in self._fake_score.items():
+            if network not in found.values():
+                found[expert] = network
+        return found
+
+    def _update(
+        self, role: str, network: TrainedNetwork, program: Callable[[Counter, MicroBatch], Program], counter: Counter
+    ) -> Metrics:
+        """One optimizer update over the global batch, or none, on all ranks, if a loss or the norm is not finite."""
+        batches = self._micro_batches(counter)
+        runs = [functools.partial(self._run, program, counter, batch, 1 / len(batches)) for batch in batches]
+        results = network.accumulate(runs)
+        norm = network.optimizer.gradient_norm()
+        values = torch.stack([torch.stack([result[name] for result in results]).mean() for name in results[0]])
+        if self._topology.data > 1:
+            torch.distributed.all_reduce(values, group=self._topology.groups.dp)
+            values /= self._topology.data
+        metrics = dict(zip(results[0], values.tolist(), strict=True)) | {f"{role}_grad_norm": norm.item()}
+        finite = all(math.isfinite(value) for value in metrics.values())
+        if finite:
+            network.optimizer.step(norm)
+        return metrics | {"skipped_updates": int(not finite)}
+
+    def _run(
+        self, program: Callable[[Counter, MicroBatch], Program], counter: Counter, batch: MicroBatch, share: float
+    ) -> dict[str, torch.Tensor]:
+        return walk(program(counter, batch), self._roles, share)
+
+    def _micro_batches(self, counter: Counter) -> list[MicroBatch]:
+        """This rank's share of the global batch: consecutive samples, cut into micro-batches."""
+        training, topology = self._config.training, self._topology
+        share = training.global_batch_size // topology.data
+        first = topology.data_rank * share
+        batches = []
+        for start in range(first, first + share, training.micro_batch_size):
+            samples = range(start, start + training.micro_batch_size)
+            chosen = counter.integers(Purpose.PROMPT, len(self._prompts), samples)
+            text = self._prompts.batch(chosen).to(topology.device)
+            negative = self._prompts.negative.to(text).expand_as(text)
+            batches.append(MicroBatch(samples, text, negative))
+        return batches
+
+
+def check_batch(config: Config, data_parallel_size: int) -> None:
+    """Refuses a global batch that ranks and micro-batches do not divide.
+
+    Raises:
+        ValueError: names the flag and the nearest sizes that work.
+    """
+    training = config.training
+    unit = training.micro_batch_size * data_parallel_size
+    if training.global_batch_size % unit:
+        below = training.global_batch_size // unit * unit
+        nearest = f"{below} or {below + unit}" if below else f"{unit}"
+        raise ValueError(
+            f"--global-batch-size {training.global_batch_size}: not divisible by --micro-batch-size "
+            f"{training.micro_batch_size} times {data_parallel_size} data-parallel ranks; use {nearest}"
+        )

@@ -1,0 +1,243 @@
+"""The run: phases one after another, each trained, logged, saved, and handed on to the next."""
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from types import FrameType
+
+import torch
+
+from megatron_pdmd.config import Config
+from megatron_pdmd.data.prompts import PromptEmbeddings
+from megatron_pdmd.diffusion.noise_schedule import NoiseSchedule
+from megatron_pdmd.diffusion.phases import Phase, PhasePlan
+from megatron_pdmd.distillation.randomness import Counter
+from megatron_pdmd.distillation.step import Iteration
+from megatron_pdmd.parallel.topology import Topology
+from megatron_pdmd.training.checkpointing import Checkpoint, Progress, save_checkpoint
+from megatron_pdmd.training.metrics_log import MetricsLog
+from megatron_pdmd.training.networks import Networks
+from megatron_pdmd.training.phase import PhaseTrainer
+from megatron_pdmd.training.sampling import SAMPLING_PHASE, Sampler
+from megatron_pdmd.training.sheets import SampleSheets
+
+
+@dataclass
+class StopRequest:
+    """Whether and why the run should stop after the present iteration."""
+
+    reason: str | None = None
+
+    def receive(self, number: int, frame: FrameType | None) -> None:
+        """Signal handler."""
+        self.reason = signal.Signals(number).name
+
+    @contextmanager
+    def on_signals(self, enabled: bool) -> Iterator[None]:
+        """SIGTERM and SIGINT ask for a stop inside the block instead of ending the process."""
+        if not enabled:
+            yield
+            return
+        before = {number: signal.signal(number, self.receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class Trainer:
+    """Trains the phases of a run on this rank.
+
+    Attributes:
+        progress: how far the run is.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        topology: Topology,
+        networks: Networks,
+        plan: PhasePlan,
+        schedule: NoiseSchedule,
+        prompts: PromptEmbeddings,
+        latent_shape: tuple[int, ...],
+    ):
+        self._config = config
+        self._topology = topology
+        self._networks = networks
+        self._plan = plan
+        self._schedule = schedule
+        self._prompts = prompts
+        self._latent_shape = latent_shape
+        self._sheets = SampleSheets(config)
+        self._started = time.monotonic()
+        self._done_here = 0
+        self._clock = time.monotonic()
+        self._checkpoint: Checkpoint | None = None
+        self.progress = Progress()
+
+    def phase_iterations(self, phase: int) -> int:
+        """Iterations of a phase, by its 1-based index."""
+        counts = self._config.training.train_iters
+        return counts[0] if len(counts) == 1 else counts[phase - 1]
+
+    def restore(self, checkpoint: Checkpoint | None) -> None:
+        """Takes up a run where a checkpoint left it, or at its start.
+
+        Raises:
+            ValueError: the checkpoint does not fit, or `--phase` asks for one whose predecessors are not trained.
+        """
+        self._checkpoint = checkpoint
+        if checkpoint:
+            self.progress = checkpoint.progress
+        alone = self._config.method.phase
+        if alone and alone > self.progress.phase + self._phase_is_done(self.progress.phase):
+            raise ValueError(
+                f"--phase {alone}: phase {alone - 1} is not trained yet; train it first, or leave --phase out"
+            )
+        for phase in self._plan.phases:
+            if self._phase_is_done(phase.index):
+                self._networks.add_expert(phase.index, phase.expert)
+                self._networks.load_expert_state(phase.index, checkpoint.tensors(f"generator_phase_{phase.index}"))
+
+    def run(self) -> str | None:
+        """Trains what is left of the run.
+
+        Returns:
+            Why it was stopped on request after saving, or None when every asked phase is done.
+        """
+        alone, checkpoint = self._config.method.phase, self._checkpoint
+        total = sum(self.phase_iterations(phase.index) for phase in self._plan.phases)
+        log = None
+        if self._topology.rank == 0:
+            logging = self._config.logging
+            log = MetricsLog(self._config.checkpoint.save, total, self.progress.iteration, logging.tensorboard)
+        stop = StopRequest()
+        with stop.on_signals(self._config.training.exit_signal_handler):
+            for phase in self._plan.phases:
+                if self._phase_is_done(phase.index):
+                    continue
+                if alone and phase.index > alone:
+                    break
+                resumed = checkpoint if checkpoint and phase.index == checkpoint.progress.phase else None
+                if phase.index > self.progress.phase:
+                    self.progress = replace(self.progress, phase=phase.index, phase_iteration=0)
+                self._clock = time.monotonic()
+                self._train_phase(phase, resumed, log, stop)
+                self._count_time()
+                if stop.reason:
+                    break
+        if log:
+            log.close()
+        return stop.reason
+
+    @property
+    def finished(self) -> bool:
+        """Whether every phase of the run is trained."""
+        return self._phase_is_done(len(self._plan.phases))
+
+    def sampler(self) -> Sampler:
+        """Samples from what the phases deliver; phases not trained yet are left out."""
+        trained = self.progress.phase if self.progress.phase_iteration else self.progress.phase - 1
+        plan = replace(self._plan, phases=self._plan.phases[:trained])
+        return Sampler(
+            roles=self._networks.roles(len(self._plan.phases) + 1),
+            plan=plan,
+            schedule=self._schedule,
+            prompts=self._prompts,
+            latent_shape=self._latent_shape,
+            counter=Counter(self._config.training.seed, SAMPLING_PHASE, 0, 0),
+            topology=self._topology,
+            batch_size=self._config.evaluation.batch_size,
+        )
+
+    def _phase_is_done(self, phase: int) -> bool:
+        ahead = phase < self.progress.phase
+        return ahead or (phase == self.progress.phase and self.progress.phase_iteration >= self.phase_iterations(phase))
+
+    def _train_phase(self, phase: Phase, resumed: Checkpoint | None, log: MetricsLog | None, stop: StopRequest) -> None:
+        iteration = Iteration(
+            self._config.method, self._plan, phase, self._schedule, self._latent_shape, self._topology.device
+        )
+        self._networks.start_phase(phase.index, phase.expert, iteration.experts())
+        if resumed:
+            self._networks.load_expert_state(phase.index, resumed.tensors(f"generator_phase_{phase.index}"))
+        trainer = PhaseTrainer(self._config, iteration, self._networks, self._prompts, self._topology)
+        if resumed:
+            trainer.load_state(resumed.tensors)
+        count = self.phase_iterations(phase.index)
+        while self.progress.phase_iteration < count and not stop.reason:
+            self._train_iteration(trainer, log)
+            last = self.progress.phase_iteration == count
+            self._agree_to_stop(stop)
+            every = self._config.checkpoint.save_interval
+            if last or stop.reason or (every and self.progress.iteration % every == 0):
+                self._save(trainer)
+            self._draw_sheet(last)
+        trainer.release()
+        self._networks.finish_phase(phase.index)
+
+    def _train_iteration(self, trainer: PhaseTrainer, log: MetricsLog | None) -> None:
+        started = time.perf_counter()
+        metrics = trainer.run_iteration(self.progress.phase_iteration)
+        before, size = self.progress, self._config.training.global_batch_size
+        skipped = metrics.pop("skipped_updates")
+        self.progress = replace(
+            before,
+            iteration=before.iteration + 1,
+            phase_iteration=before.phase_iteration + 1,
+            consumed_samples=before.consumed_samples + size,
+            skipped_updates=before.skipped_updates + skipped,
+        )
+        self._count_time()
+        self._done_here += 1
+        if skipped and self._topology.rank == 0:
+            names = ", ".join(name for name, value in metrics.items() if value != value or abs(value) == float("inf"))
+            print(f"iteration {self.progress.iteration}: {skipped} update skipped on all ranks, not finite: {names}")
+        if log and self.progress.iteration % self._config.logging.log_interval == 0:
+            entry = {
+                "iteration": self.progress.iteration,
+                "phase": trainer.index,
+                "consumed_samples": self.progress.consumed_samples,
+                "milliseconds": (time.perf_counter() - started) * 1000,
+                "learning_rate": self._config.optimizer.lr,
+                "global_batch_size": size,
+                "skipped_updates": self.progress.skipped_updates,
+            }
+            log.write(entry | metrics)
+
+    def _count_time(self) -> None:
+        now = time.monotonic()
+        self.progress = replace(self.progress, train_seconds=self.progress.train_seconds + now - self._clock)
+        self._clock = now
+
+    def _agree_to_stop(self, stop: StopRequest) -> None:
+        """All ranks stop after the same iteration: at a signal to any of them, a time limit, or an iteration limit."""
+        training = self._config.training
+        minutes = (time.monotonic() - self._started) / 60
+        if training.exit_duration_in_mins and minutes >= training.exit_duration_in_mins:
+            stop.reason = "--exit-duration-in-mins"
+        if training.exit_interval and self._done_here >= training.exit_interval:
+            stop.reason = "--exit-interval"
+        if self._topology.world_size > 1:
+            wanted = torch.tensor(float(stop.reason is not None), device=self._topology.device)
+            torch.distributed.all_reduce(wanted, op=torch.distributed.ReduceOp.MAX)
+            if wanted.item() and not stop.reason:
+                stop.reason = "another rank"
+
+    def _save(self, trainer: PhaseTrainer) -> None:
+        options = self._config.checkpoint
+        if self._topology.rank == 0:
+            states = {f"generator_phase_{k}": self._networks.expert_state(k) for k in range(1, trainer.index + 1)}
+            states |= trainer.state()
+            save_checkpoint(options.save / "checkpoints", self.progress, states, options.keep_last)
+        if self._topology.world_size > 1:
+            torch.distributed.barrier()
+
+    def _draw_sheet(self, last: bool) -> None:
+        every = self._config.logging.sample_interval
+        if last or (every and self.progress.iteration % every == 0):
+            self._sheets.draw(self.sampler(), self.progress.iteration)

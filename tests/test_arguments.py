@@ -1,0 +1,210 @@
+"""Flags and recipes: what is read, what wins, and what is refused in one line that names it."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_pdmd.arguments import load_recipe, parse_arguments, to_yaml
+from megatron_pdmd.config import Config, DataConfig, MethodConfig, ModelConfig, OptimizerConfig, TrainingConfig
+
+RECIPES = sorted((Path(__file__).parents[1] / "examples" / "recipes").glob("*.yaml"))
+NEEDED = ["--teacher", "models/wan", "--prompts", "prompts.txt"]
+
+
+def refusal(arguments: list[str]) -> str:
+    with pytest.raises(ValueError) as refused:
+        parse_arguments(arguments)
+    message = str(refused.value)
+    assert "\n" not in message and not set(message) & set("│╭╮╰╯─")
+    return message
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_without_flags_the_defaults_stand():
+    config, print_config = parse_arguments(NEEDED)
+    assert config == Config(model=ModelConfig(Path("models/wan")), data=DataConfig(Path("prompts.txt")))
+    assert not print_config
+
+
+def test_flags_reach_their_fields_in_any_spelling():
+    numbers = ["--micro_batch_size", "2", "--global-batch-size=8", "--phase-steps", "1,3", "--guidance-scale=1,4.5"]
+    others = ["--bf16", "--no-export", "--lr", "1e-3", "--negative-prompt", "", "--fake-experts", "single"]
+    config, _ = parse_arguments([*NEEDED, *numbers, *others])
+    assert (config.training.micro_batch_size, config.training.global_batch_size) == (2, 8)
+    assert config.method.phase_steps == (1, 3) and config.method.guidance_scale == (1.0, 4.5)
+    assert config.training.bf16 and not config.checkpoint.export
+    assert config.optimizer.lr == 1e-3 and config.method.fake_experts == "single"
+
+
+def test_the_last_flag_wins():
+    config, _ = parse_arguments([*NEEDED, "--seed", "1", "--seed", "2"])
+    assert config.training.seed == 2
+
+
+def test_flags_win_over_the_recipe_and_the_recipe_over_the_defaults(tmp_path):
+    recipe = write(tmp_path / "a.yaml", "training: {seed: 5, micro_batch_size: 4}\nmethod:\n  phase_steps: [1, 3]\n")
+    for arguments in (["--config", str(recipe), "--seed", "6"], ["--seed", "6", f"--config={recipe}"]):
+        config, _ = parse_arguments([*NEEDED, *arguments])
+        assert (config.training.seed, config.training.micro_batch_size) == (6, 4)
+        assert config.method.phase_steps == (1, 3) and config.training.global_batch_size == 64
+
+
+def test_print_config_is_recognised_and_prints_what_can_be_read_back(tmp_path):
+    config, print_config = parse_arguments([*NEEDED, "--print-config", "--train-iters", "3,4"])
+    assert print_config
+    assert load_recipe(write(tmp_path / "a.yaml", to_yaml(config))) == config
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_the_recipes_of_the_project_are_valid_and_make_the_round_trip(recipe, tmp_path):
+    config, _ = parse_arguments(["--config", str(recipe), *NEEDED])
+    assert load_recipe(write(tmp_path / "a.yaml", to_yaml(config))) == config
+
+
+def test_the_round_trip_keeps_every_field(tmp_path):
+    """Each field set to something else than its default."""
+
+    def changed(value):
+        if dataclasses.is_dataclass(value):
+            return dataclasses.replace(
+                value, **{f.name: changed(getattr(value, f.name)) for f in dataclasses.fields(value)}
+            )
+        other = {bool: lambda v: not v, int: lambda v: v + 1, float: lambda v: v / 3 + 1e-7, tuple: lambda v: (*v, 1)}
+        return other.get(type(value), lambda v: v)(value)
+
+    config = changed(Config())
+    assert config != Config()
+    config = dataclasses.replace(config, data=DataConfig(Path("a b/ü: #.txt"), negative_prompt="no: 'x' # yes\n- ü"))
+    assert load_recipe(write(tmp_path / "a.yaml", to_yaml(config))) == config
+    assert yaml.safe_load(to_yaml(config))["data"]["prompts"] == "a b/ü: #.txt"
+
+
+def test_recipes_take_numbers_as_people_write_them(tmp_path):
+    text = "optimizer: {lr: 5e-5, fake_lr: 1}\ntraining: {train_iters: 30, seed: 7.0}\nmethod: {phase_steps: '1,3'}\n"
+    config = load_recipe(write(tmp_path / "a.yaml", text))
+    assert config.optimizer == OptimizerConfig(lr=5e-5, fake_lr=1.0)
+    assert config.training == TrainingConfig(train_iters=(30,), seed=7)
+    assert config.method == MethodConfig(phase_steps=(1, 3))
+
+
+def test_an_empty_recipe_is_the_defaults(tmp_path):
+    assert load_recipe(write(tmp_path / "a.yaml", "")) == Config()
+
+
+@pytest.mark.parametrize(
+    ("flag", "nearest"),
+    [("--micro-batchsize", "--micro-batch-size"), ("--guidance", "--guidance-scale"), ("--no-exprt", "--no-export")],
+)
+def test_an_unknown_flag_is_refused_with_the_nearest_known_one(flag, nearest):
+    assert refusal([*NEEDED, flag, "1"]) == f"unknown flag '{flag}'; did you mean '{nearest}'?"
+
+
+def test_a_flag_like_none_points_to_the_help():
+    assert refusal([*NEEDED, "--zzzzzzzz=3"]) == "unknown flag '--zzzzzzzz'; see --help"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("training: {micro_batchsize: 1}", "training: unknown key 'micro_batchsize'; did you mean 'micro_batch_size'?"),
+        ("trainig: {seed: 1}", "unknown key 'trainig'; did you mean 'training'?"),
+        ("training: 3", "training: expected keys below it, got 3"),
+        ("- training", "expected sections such as 'training:', got list"),
+        ("training: {seed: many}", "training: seed: expected a whole number, got 'many'"),
+        ("training: {seed: 1.5}", "training: seed: expected a whole number, got 1.5"),
+        ("training: {seed: .inf}", "training: seed: expected a whole number, got inf"),
+        ("training: {seed: true}", "training: seed: expected a whole number, got True"),
+        ("training: {seed: null}", "training: seed: expected a whole number, got None"),
+        ("training: {bf16: 1}", "training: bf16: expected true or false, got 1"),
+        ("optimizer: {lr: fast}", "optimizer: lr: expected a number, got 'fast'"),
+        ("optimizer: {lr: false}", "optimizer: lr: expected a number, got False"),
+        ("data: {negative_prompt: no}", "data: negative_prompt: expected a text, got False"),
+        ("model: {teacher: 3}", "model: teacher: expected a path, got 3"),
+        ("method: {phase_steps: [1, x]}", "method: phase_steps: expected a whole number, got 'x'"),
+        ("method: {generator: half}", "method: generator: 'half' is not one of lora, full"),
+        ("training: [", "not valid YAML"),
+        ("training: !!python/object/apply:os.getcwd []", "not valid YAML"),
+    ],
+)
+def test_a_bad_recipe_is_refused_by_file_and_key(text, words, tmp_path):
+    recipe = write(tmp_path / "bad.yaml", text)
+    message = refusal([*NEEDED, "--config", str(recipe)])
+    assert str(recipe) in message and words in message
+
+
+def test_a_recipe_that_cannot_be_read_is_refused(tmp_path):
+    assert "no such file" in refusal(["--config", str(tmp_path / "none.yaml")])
+    assert "cannot be read" in refusal(["--config", str(tmp_path)])
+    (tmp_path / "latin.yaml").write_bytes("data: {negative_prompt: ü}".encode("latin-1"))
+    assert "latin.yaml: cannot be read" in refusal(["--config", str(tmp_path / "latin.yaml")])
+    assert refusal(["--config"]) == "--config: name a YAML file"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--seed", "many"], ["--seed", "many"]),
+        (["--seed"], ["--seed"]),
+        (["--phase-steps", "1,,2"], ["--phase-steps", "1,,2"]),
+        (["--guidance-scale", "a"], ["--guidance-scale"]),
+        (["--generator", "half"], ["--generator", "half"]),
+        (["--bf16", "yes"], ["yes"]),
+        (["stray"], ["stray"]),
+    ],
+)
+def test_a_bad_value_is_refused_by_its_flag(arguments, words):
+    message = refusal([*NEEDED, *arguments])
+    assert all(word in message for word in words)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--num-steps", "5"], "--phase-steps 2,2: 2 positive numbers must add up to --num-steps 5"),
+        (["--phase-steps", "4,0"], "--phase-steps 4,0"),
+        (["--phase", "3"], "--phase 3: --phase-steps names 2 phases"),
+        (["--phase", "-1"], "--phase -1: must not be negative"),
+        (["--train-iters", "1,2,3"], "--train-iters"),
+        (["--train-iters", "0"], "--train-iters"),
+        (["--guidance-scale", "1,2,3"], "--guidance-scale"),
+        (["--ema-decay", "1"], "--ema-decay 1.0: must lie in [0, 1)"),
+        (["--generator", "full", "--bf16", "--ema-decay", "0.9"], "--ema-decay with --generator full and --bf16"),
+        (["--fixed-timestep", "1"], "--fixed-timestep 1.0"),
+        (["--timestep-margin", "0.5"], "--timestep-margin 0.5"),
+        (["--adam-beta1", "1"], "--adam-beta1"),
+        (["--lr", "0"], "--lr 0.0: must be greater than 0"),
+        (["--lr", "nan"], "--lr nan: must be greater than 0"),
+        (["--fake-lr", "inf"], "--fake-lr inf: must be greater than 0"),
+        (["--weight-decay", "-0.1"], "--weight-decay -0.1: must not be negative"),
+        (["--micro-batch-size", "0"], "--micro-batch-size 0"),
+        (["--teacher-steps", "0"], "--teacher-steps 0"),
+        (["--clips", "0"], "--clips 0"),
+        (["--batch-size", "0"], "--batch-size 0"),
+        (["--sample-interval", "-5"], "--sample-interval -5"),
+        (["--seed", "-1"], "--seed -1"),
+        (["--task", "moving_digits"], "--task moving_digits: --task-folder"),
+    ],
+)
+def test_what_cannot_work_is_refused_by_its_flag(arguments, words):
+    assert words in refusal([*NEEDED, *arguments])
+
+
+def test_teacher_and_prompts_are_needed():
+    assert refusal([]).startswith("--teacher: name")
+    assert refusal(NEEDED[:2]).startswith("--prompts: name")
+
+
+def test_help_lists_every_flag_and_exits_with_zero(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_arguments(["--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    fields = [field.name for section in dataclasses.fields(Config) for field in dataclasses.fields(section.type)]
+    assert len(fields) == len(set(fields)), "two sections share a flag"
+    assert all(f"--{name.replace('_', '-')}" in shown for name in fields)

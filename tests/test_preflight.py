@@ -1,0 +1,189 @@
+"""Bad input ends in one line that names the flag or the file, and exit code 2, before a network is built."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from megatron_pdmd import preflight
+from megatron_pdmd.data.prompts import PromptEmbeddings
+
+ROOT = Path(__file__).parents[1]
+
+
+def write_component(folder: Path, name: str, stem: str, config: dict) -> None:
+    (folder / name).mkdir()
+    (folder / name / "config.json").write_text(json.dumps(config))
+    save_file({"weight": torch.zeros(64)}, folder / name / f"{stem}.safetensors")
+
+
+@pytest.fixture
+def teacher(tmp_path: Path) -> Path:
+    """A pipeline folder that looks whole from outside; its weights are never read here."""
+    folder = tmp_path / "teacher"
+    folder.mkdir()
+    for name in ("transformer", "transformer_2"):
+        write_component(folder, name, "diffusion_pytorch_model", {"patch_size": [1, 2, 2], "out_channels": 1})
+    write_component(folder, "text_encoder", "model", {"model_type": "umt5"})
+    (folder / "tokenizer").mkdir()
+    index = {
+        "_class_name": "WanPipeline",
+        "boundary_ratio": 0.75,
+        "text_encoder": ["transformers", "UMT5EncoderModel"],
+        "tokenizer": ["transformers", "ByT5Tokenizer"],
+        "transformer": ["diffusers", "WanTransformer3DModel"],
+        "transformer_2": ["diffusers", "WanTransformer3DModel"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+@pytest.fixture
+def flags(teacher: Path, tmp_path: Path) -> list[str]:
+    """Flags of a run that can be started."""
+    (tmp_path / "prompts.txt").write_text("a seven\na one\n")
+    files = ["--teacher", str(teacher), "--prompts", str(tmp_path / "prompts.txt"), "--save", str(tmp_path / "run")]
+    return [*files, "--timestep-shift", "3", "--frames", "2", "--height", "4", "--width", "8"]
+
+
+@pytest.fixture
+def refusal(
+    flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """The function ``refusal(*more_flags)``: runs the check, which must refuse, and returns its one line."""
+
+    def run(*more: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["preflight", *flags, *more])
+        with pytest.raises(SystemExit) as stop:
+            preflight.main()
+        assert stop.value.code == 2
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
+        return captured.err
+
+    return run
+
+
+def test_good_input_passes_and_is_planned(flags, tmp_path, capsys):
+    plan = preflight.prepare(flags)
+    assert plan.latent_shape == (1, 2, 4, 8)
+    assert plan.phases.boundary == 0.75
+    assert [(phase.expert, phase.end) for phase in plan.phases.phases] == [("high_noise", 0.75), ("low_noise", 0.0)]
+    assert capsys.readouterr() == ("", "")
+    assert not (tmp_path / "run").exists()
+
+
+def test_print_config_shows_the_resolved_yaml_and_exits_with_zero(flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        preflight.prepare([*flags, "--print-config", "--seed", "9"])
+    assert stop.value.code == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["training"]["seed"] == 9 and shown["method"]["timestep_shift"] == 3.0
+
+
+def test_bad_flags_and_keys(refusal, tmp_path):
+    assert "unknown flag '--sead'; did you mean '--seed'?" in refusal("--sead", "1")
+    (tmp_path / "a.yaml").write_text("training: {sead: 1}")
+    assert f"{tmp_path / 'a.yaml'}: training: unknown key 'sead'; did you mean 'seed'?" in refusal(
+        "--config", str(tmp_path / "a.yaml")
+    )
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--num-steps", "5"], "--phase-steps 2,2: 2 positive numbers must add up to --num-steps 5"),
+        (["--timestep-shift", "1e300"], "--timestep-shift 1e+300 with --num-steps 4 gives times that do not fall"),
+        (["--noise-interval", "fixed", "--fixed-timestep", "0.5"], "--fixed-timestep is 0.5"),
+        (["--phase-steps", "2,1,1"], "give --phase-steps one or two numbers to export there"),
+        (["--height", "5"], "--height 5: the teacher's patches are 2 wide; give a multiple of it"),
+        (["--task", "moving_digits", "--task-folder", "nowhere"], "--task-folder nowhere: has no classifier"),
+    ],
+)
+def test_plans_that_cannot_work(refusal, more, words):
+    assert words in refusal(*more)
+
+
+def test_folders_that_are_no_whole_pipeline(refusal, teacher):
+    weights = teacher / "transformer_2" / "diffusion_pytorch_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-10])
+    assert f"{weights}: is truncated" in refusal()
+    weights.write_bytes(whole[:5])
+    assert f"{weights}: is truncated" in refusal()
+    weights.unlink()
+    assert f"{weights.parent}: no {weights.name}" in refusal()
+    weights.write_bytes(whole)
+    config = teacher / "transformer" / "config.json"
+    config.write_text("{}")
+    assert f"{config}: has no 'out_channels'" in refusal()
+    (teacher / "model_index.json").unlink()
+    assert f"{teacher}: no model_index.json in it" in refusal()
+    assert "nowhere: no such folder" in refusal("--teacher", "nowhere")
+
+
+def test_prompts_that_cannot_be_used(refusal, tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n \n")
+    assert f"--prompts {path}: no prompt in it" in refusal()
+    path.write_bytes("ok\nschön".encode("latin-1"))
+    assert f"--prompts {path}: line 2 is not UTF-8" in refusal()
+    path.unlink()
+    assert f"--prompts {path}: no such file" in refusal()
+    (tmp_path / "empty").mkdir()
+    assert f"--prompts {tmp_path / 'empty'}: no readable prompts.json" in refusal("--prompts", str(tmp_path / "empty"))
+
+
+def test_encoded_prompts_of_another_length_or_negative_prompt(refusal, flags, tmp_path):
+    folder = tmp_path / "encoded"
+    PromptEmbeddings(("a",), (torch.zeros(1, 8, 4),), torch.zeros(8, 4), negative_prompt="bad").save(folder)
+    more = ["--prompts", str(folder)]
+    assert "was encoded to 8 tokens, but 512 are asked for" in refusal(*more)
+    assert "has another negative prompt, 'bad'" in refusal(*more, "--prompt-length", "8", "--negative-prompt", "worse")
+    preflight.prepare([*flags, *more, "--prompt-length", "8"])
+
+
+def test_text_prompts_need_a_text_encoder(refusal, teacher, flags, tmp_path):
+    index = json.loads((teacher / "model_index.json").read_text())
+    index["text_encoder"] = [None, None]
+    (teacher / "model_index.json").write_text(json.dumps(index))
+    assert "is text, and" in refusal() and "tools/encode_prompts.py" in refusal()
+
+
+def test_folders_of_other_runs(refusal, flags, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "thesis.tex").write_text("")
+    assert f"--save {run}: not empty and not a run's folder; choose another" in refusal()
+    (run / "config.yaml").write_text(yaml.safe_dump({"training": {"seed": 1}}))
+    assert f"--save {run}: holds another run: " in refusal()
+    assert "--seed is 42 here, 1 there" in refusal()
+    new = ["--save", str(tmp_path / "new"), "--load"]
+    assert f"--load {run}: holds another run: " in refusal(*new, str(run))
+    assert f"--load {tmp_path / 'none'}: no run there" in refusal(*new, str(tmp_path / "none"))
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        [sys.executable, "-m", "megatron_pdmd.preflight"],
+        [sys.executable, "-m", "megatron_pdmd.pretrain"],
+        ["bash", "examples/pretrain_phased_dmd.sh"],
+    ],
+    ids=lambda command: command[-1],
+)
+def test_the_commands_end_with_one_line_and_exit_code_2(command, flags):
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"}
+    more = [*flags, "--teacher", "nowhere"]
+    done = subprocess.run([*command, *more], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: nowhere: no such folder; name a Hugging Face pipeline folder\n"

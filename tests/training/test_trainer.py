@@ -1,0 +1,306 @@
+"""Whole runs: stopped, killed, split and shared between ranks, they are the uninterrupted run of one rank."""
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+
+import imageio.v3 as iio
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_pdmd.config import CheckpointConfig, Config, ModelConfig
+from megatron_pdmd.distillation.roles import Roles
+from megatron_pdmd.training.checkpointing import TRACKER, latest_checkpoint
+from megatron_pdmd.training.phase import PhaseTrainer
+from megatron_pdmd.training.sheets import SampleSheets
+
+VARIANTS = {
+    "lora, average": ("--ema-decay", "0.9"),
+    "lora, average, bf16": ("--ema-decay", "0.9", "--bf16"),
+    "full, average": ("--generator", "full", "--ema-decay", "0.9"),
+    "full, bf16": ("--generator", "full", "--bf16"),
+}
+by_variant = pytest.mark.parametrize("more", VARIANTS.values(), ids=VARIANTS.keys())
+PLAIN = VARIANTS["lora, average"]
+
+
+def logged(run: Path) -> list[dict]:
+    """What metrics.jsonl has, without the time an iteration took."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name != "milliseconds"} for row in rows]
+
+
+def saved(run: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of the last checkpoint."""
+    found = latest_checkpoint(run / "checkpoints")
+    return {f"{name}/{key}": tensor for name in found.files for key, tensor in found.tensors(name).items()}
+
+
+def progress(run: Path) -> tuple[int, int, int, int, int]:
+    at = latest_checkpoint(run / "checkpoints").progress
+    return at.iteration, at.phase, at.phase_iteration, at.consumed_samples, at.skipped_updates
+
+
+def assert_same_run(run: Path, other: Path) -> None:
+    assert logged(run) == logged(other)
+    assert progress(run) == progress(other)
+    ours, theirs = saved(run), saved(other)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+@contextlib.contextmanager
+def after_iteration(phase: int, index: int, action):
+    """Calls `action` when this iteration has been computed, before it is logged or saved."""
+    run_iteration = PhaseTrainer.run_iteration
+
+    def run(self, at):
+        metrics = run_iteration(self, at)
+        if (self.index, at) == (phase, index):
+            action()
+        return metrics
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PhaseTrainer, "run_iteration", run)
+        yield
+
+
+def test_a_run_trains_both_phases_and_says_so(finished):
+    run = finished(*PLAIN)
+    rows = logged(run)
+    assert [(row["iteration"], row["phase"]) for row in rows] == [(1, 1), (2, 1), (3, 1), (4, 2), (5, 2), (6, 2)]
+    assert [row["consumed_samples"] for row in rows] == [4, 8, 12, 16, 20, 24]
+    assert all(row["skipped_updates"] == 0 and row["fake_loss"] > 0 for row in rows)
+    assert progress(run) == (6, 2, 3, 24, 0)
+    tensors = saved(run)
+    for phase in (1, 2):
+        trained = [t for name, t in tensors.items() if f"generator_phase_{phase}/expert" in name and "lora_B" in name]
+        assert trained and all(t.abs().max() > 0 for t in trained)
+    summary = json.loads((run / "summary.json").read_text())
+    assert [phase["expert"] for phase in summary["phases"]] == ["high_noise", "low_noise"]
+    assert [phase["iterations"] for phase in summary["phases"]] == [3, 3]
+    assert summary["train_seconds"] > 0 and summary["skipped_updates"] == 0
+    assert sorted(path.name for path in (run / "checkpoints").glob("iter_*")) == ["iter_0000004", "iter_0000006"]
+
+
+@by_variant
+def test_a_run_killed_in_each_phase_goes_on_to_the_bit(more, finished, launch, in_child, tmp_path):
+    def killed(phase: int, index: int) -> None:
+        with after_iteration(phase, index, lambda: os.kill(os.getpid(), signal.SIGKILL)):
+            launch(tmp_path / "run", *more)
+
+    expected = finished(*more)
+    assert in_child(lambda: killed(1, 1)) == -signal.SIGKILL
+    assert len(logged(tmp_path / "run")) == 1 and not (tmp_path / "run" / "checkpoints").exists()
+    assert in_child(lambda: killed(2, 2)) == -signal.SIGKILL
+    assert len(logged(tmp_path / "run")) == 5 and progress(tmp_path / "run")[:3] == (4, 2, 1)
+    assert launch(tmp_path / "run", *more) == 0
+    assert_same_run(tmp_path / "run", expected)
+
+
+def test_a_run_stopped_on_request_saves_exits_with_3_and_goes_on_to_the_bit(finished, launch, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert launch(run, *PLAIN, "--exit-interval", "1") == 3
+    assert progress(run)[0] == 1
+    assert "stopped by --exit-interval after iteration 1, saved" in capsys.readouterr().out
+    with after_iteration(2, 0, lambda: os.kill(os.getpid(), signal.SIGTERM)):
+        assert launch(run, *PLAIN) == 3
+    assert progress(run)[:3] == (4, 2, 1)
+    assert "stopped by SIGTERM after iteration 4, saved" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert not (run / "summary.json").exists()
+    assert launch(run, *PLAIN) == 0
+    assert_same_run(run, finished(*PLAIN))
+
+
+def test_phases_trained_one_by_one_are_the_run_of_both(finished, launch, tmp_path, capsys):
+    run = tmp_path / "run"
+    with pytest.raises(SystemExit) as stop:
+        launch(run, *PLAIN, "--phase", "2")
+    assert stop.value.code == 2
+    assert "--phase 2: phase 1 is not trained yet; train it first" in capsys.readouterr().err
+    assert launch(run, *PLAIN, "--phase", "1") == 0
+    assert progress(run)[:3] == (3, 1, 3) and not (run / "summary.json").exists()
+    assert launch(run, *PLAIN, "--phase", "2") == 0
+    assert_same_run(run, finished(*PLAIN))
+    assert (run / "summary.json").exists()
+
+
+def test_a_finished_run_trains_nothing_more_unless_it_is_prolonged_elsewhere(finished, launch, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished(*PLAIN), run)
+    assert launch(run, *PLAIN) == 0
+    assert_same_run(run, finished(*PLAIN))
+    assert launch(tmp_path / "longer", *PLAIN, "--load", str(run), "--train-iters", "3,4") == 0
+    assert [row["iteration"] for row in logged(tmp_path / "longer")] == [7]
+    assert progress(tmp_path / "longer") == (7, 2, 4, 28, 0)
+    assert_same_run(run, finished(*PLAIN))
+
+
+def test_another_configuration_of_the_same_folder_is_refused(finished, launch, capsys):
+    with pytest.raises(SystemExit) as stop:
+        launch(finished(*PLAIN), *PLAIN, "--lora-rank", "8")
+    assert stop.value.code == 2
+    captured = capsys.readouterr()
+    assert "--lora-rank is 8 here, 4 there" in captured.err and captured.err.count("\n") == 1
+
+
+def test_a_full_disk_ends_the_run_in_one_line_and_leaves_no_checkpoint(launch, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(SystemExit) as stop:
+        launch(tmp_path / "run", *PLAIN)
+    assert stop.value.code == 2
+    captured = capsys.readouterr()
+    assert "no space on disk" in captured.err and "--save" in captured.err and captured.err.count("\n") == 1
+    assert not list((tmp_path / "run").rglob("iter_*")) and not list((tmp_path / "run").rglob(TRACKER))
+
+
+def test_a_damaged_checkpoint_ends_the_run_in_one_line(finished, launch, tmp_path, capsys):
+    for name, damage in (
+        ("generator_phase_1.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-8])),
+        ("generator_optimizer.safetensors", lambda path: path.unlink()),
+        ("fake_score_low_noise.safetensors", lambda path: path.write_bytes(b"")),
+        (f"../{TRACKER}", lambda path: path.write_text("many")),
+    ):
+        run = tmp_path / Path(name).stem
+        shutil.copytree(finished(*PLAIN), run)
+        damage(run / "checkpoints" / "iter_0000006" / name)
+        with pytest.raises(SystemExit) as stop:
+            launch(run, *PLAIN, "--train-iters", "3,4")
+        assert stop.value.code == 2
+        captured = capsys.readouterr()
+        assert Path(name).name in captured.err and captured.err.count("\n") == 1
+
+
+def first_gradients(launch, run: Path, micro_batch_size: int) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """Magnitudes of both roles' first gradients, from AdamW's second moments, v = (1 - beta_2) g^2, and the log."""
+    single = ["--train-iters", "1", "--phase", "1", "--fake-updates", "1", "--clip-grad", "1e9"]
+    assert launch(run, *single, "--micro-batch-size", str(micro_batch_size)) == 0
+    moments: dict[str, list[torch.Tensor]] = {"generator": [], "fake_score": []}
+    for name, tensor in sorted(saved(run).items()):
+        if name.endswith("exp_avg_sq"):
+            moments["generator" if name.startswith("generator") else "fake_score"].append(tensor.double().flatten())
+    (row,) = logged(run)
+    names = ("fake_loss", "fake_grad_norm", "dmd_gradient", "score_gap", "generator_grad_norm")
+    return {role: (torch.cat(v) / 1e-3).sqrt() for role, v in moments.items()}, [row[name] for name in names]
+
+
+def test_two_ranks_have_the_losses_and_gradients_of_one(launch, run_ranks, tmp_path):
+    """Their error is at most twice that between two micro-batch sizes of one rank, plus one eps."""
+    eps = torch.finfo(torch.float32).eps
+    gradients, losses = first_gradients(launch, tmp_path / "whole", 4)
+    other_gradients, other_losses = first_gradients(launch, tmp_path / "parts", 1)
+    run_ranks(lambda: launch_as_rank(launch, tmp_path / "ranks"), 2)
+    rank_gradients, rank_losses = first_gradients(lambda *_: 0, tmp_path / "ranks", 2)
+    for role, gradient in gradients.items():
+        assert gradient.norm() > 0
+        error, limit = (
+            ((others[role] - gradient).norm() / gradient.norm()).item() for others in (rank_gradients, other_gradients)
+        )
+        assert error <= 2 * limit + eps, (role, error, limit)
+    whole, parts, ranks = (torch.tensor(values).double() for values in (losses, other_losses, rank_losses))
+    limit = ((parts - whole) / whole).abs().max().item()
+    assert ((ranks - whole) / whole).abs().max().item() <= 2 * limit + eps
+
+
+def launch_as_rank(launch, run: Path) -> None:
+    first_gradients(launch, run, 2)
+
+
+@pytest.mark.parametrize(("role", "learning"), [("teacher", False), ("fake_score", True)])
+def test_a_nan_on_one_rank_skips_the_update_on_all(role, learning, launch, run_ranks, tmp_path):
+    def rank() -> tuple[int, str]:
+        answer = Roles.run
+
+        def with_nan(self, request):
+            flow = answer(self, request)
+            poisoned = request.role == role and request.gradient == learning and os.environ["RANK"] == "1"
+            return flow * float("nan") if poisoned else flow
+
+        told = io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(told):
+            patch.setattr(Roles, "run", with_nan)
+            steps = []
+            run_iteration = PhaseTrainer.run_iteration
+
+            def run(self, index):
+                metrics = run_iteration(self, index)
+                states = self.state()
+                steps.append((int(states["generator_optimizer"]["step"]), metrics["skipped_updates"]))
+                steps.append(int(states["fake_score_high_noise_optimizer"]["step"]))
+                return metrics
+
+            patch.setattr(PhaseTrainer, "run_iteration", run)
+            assert launch(tmp_path / "run", *PLAIN, "--train-iters", "1", "--phase", "1") == 0
+        return steps, told.getvalue()
+
+    (first, told), (second, silent) = run_ranks(rank, 2)
+    assert first == second == ([(0, 1), 2] if role == "teacher" else [(1, 2), 0])
+    run = tmp_path / "run"
+    skipped, name = (1, "dmd_gradient") if role == "teacher" else (2, "fake_loss")
+    assert progress(run) == (1, 1, 1, 4, skipped)
+    assert f"iteration 1: {skipped} update" in told and "skipped on all ranks, not finite:" in told and name in told
+    assert "skipped on all ranks" not in silent
+    assert logged(run)[0]["skipped_updates"] == skipped and logged(run)[0][name] is None
+    tensors = saved(run)
+    if role == "teacher":
+        for kind in ("expert", "average"):
+            up = [t for key, t in tensors.items() if f"generator_phase_1/{kind}" in key and "lora_B" in key]
+            assert up and all(not t.any() for t in up)
+
+
+def test_a_skipped_fake_update_leaves_the_fake_score_as_it_was(launch, pipeline, tmp_path, monkeypatch):
+    answer = Roles.run
+
+    def with_nan(self, request):
+        flow = answer(self, request)
+        return flow * float("nan") if request.role == "fake_score" and request.gradient else flow
+
+    monkeypatch.setattr(Roles, "run", with_nan)
+    assert launch(tmp_path / "run", "--train-iters", "1", "--phase", "1") == 0
+    fake = latest_checkpoint(tmp_path / "run" / "checkpoints").tensors("fake_score_high_noise")
+    teacher = load_file(pipeline / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert fake.keys() == teacher.keys()
+    assert all(torch.equal(fake[name], teacher[name]) for name in fake)
+
+
+def test_a_run_from_text_draws_sheets_and_exports(launch, prompt_file, tmp_path, capsys):
+    run = tmp_path / "run"
+    more = ["--prompts", str(prompt_file), "--train-iters", "1", "--fake-updates", "1", "--export", "--tensorboard"]
+    assert launch(run, *more, sheets=True) == 0
+    for iteration in (1, 2):
+        sheet = iio.imread(run / "samples" / f"iter_{iteration:07d}.png")
+        assert sheet.ndim == 3 and sheet.std() > 0
+        assert len(iio.imread(run / "samples" / f"iter_{iteration:07d}.gif")) == 2
+    assert (run / "hf" / "model_index.json").is_file() and (run / "summary.json").is_file()
+    assert list((run / "tensorboard").iterdir())
+    assert "no sample sheet" not in capsys.readouterr().out
+
+
+def test_latents_that_are_no_pixels_cost_the_sheet_and_not_the_run(pipeline, tmp_path, capsys):
+    config = Config(model=ModelConfig(pipeline), checkpoint=CheckpointConfig(tmp_path))
+    latents = torch.zeros(2, 16, 2, 4, 4)
+    sampler = SimpleNamespace(
+        prompts=SimpleNamespace(prompts=("a", "b")),
+        plan=SimpleNamespace(times=(1.0, 0.0)),
+        topology=SimpleNamespace(rank=0),
+        teacher=lambda chosen, steps, guidance: latents,
+        student=lambda chosen: latents,
+    )
+    SampleSheets(config).draw(sampler, 7)
+    assert "iteration 7: no sample sheet" in capsys.readouterr().out
+    assert not (tmp_path / "samples").exists()
+
+
+def test_a_batch_that_ranks_and_micro_batches_do_not_divide_is_refused(launch, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        launch(tmp_path / "run", "--global-batch-size", "5")
+    assert stop.value.code == 2
+    assert "--global-batch-size 5: not divisible by --micro-batch-size 2" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
