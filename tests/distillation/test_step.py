@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_pdmd.config import MethodConfig
-from megatron_pdmd.diffusion import FlowMatchingSchedule, PhasePlan
+from megatron_pdmd.diffusion import FlowMatchingSchedule, PhasePlan, expert_at
 from megatron_pdmd.diffusion.noise_schedule import timestep_cdf
 from megatron_pdmd.distillation.randomness import Counter, Purpose
 from megatron_pdmd.distillation.roles import Generator, Pass, Roles
@@ -259,20 +259,26 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(update, groups):
     assert learned == (1 if update == "generator_update" else 2)
 
 
-def test_both_sides_of_the_boundary_meet_in_one_update_of_neither():
-    """One expert answers for the whole batch, with T's probability, and each time t lies on its side."""
+def test_one_expert_answers_for_the_whole_batch_and_owns_its_times():
+    """The times of all updates together are T's."""
     setting, count = Setting(2, boundary=0.75), 200
-    low, high = setting.iteration.interval()
-    above = 1 - timestep_cdf(0.75, low, high, setting.schedule, margin=setting.method.timestep_margin)
-    times, sides = [], Tally()
+    times = []
     for iteration in range(count):
-        calls = setting.run("generator_update", COUNTER.at(iteration=iteration), samples=range(2))[-3:]
-        (expert,) = {call.name.split("/")[1] for call in calls}
-        assert all(("high_noise" if t >= 0.75 else "low_noise") == expert for t in calls[0].t.tolist())
-        sides[expert] += 1
+        counter = COUNTER.at(iteration=iteration)
+        calls = setting.run("generator_update", counter, samples=range(2))[-3:]
+        assert {call.name.split("/")[1] for call in calls} == {setting.iteration.expert(counter)}
+        assert {expert_at(t, 0.75) for t in calls[0].t.tolist()} == {setting.iteration.expert(counter)}
         times.append(calls[0].t[0].item())
-    assert abs(sides["high_noise"] - count * above) < 5 * math.sqrt(count * above * (1 - above))
     assert kolmogorov_distance(setting, sorted(times)) < 2.65 / math.sqrt(count)  # p = 1.6e-6
+
+
+@pytest.mark.parametrize("boundary", [0.75, 0.6])
+def test_an_expert_answers_with_the_probability_of_its_side(boundary):
+    setting, count = Setting(2, boundary=boundary), 1000
+    low, high = setting.iteration.interval()
+    above = 1 - timestep_cdf(boundary, low, high, setting.schedule, margin=setting.method.timestep_margin)
+    sides = Tally(setting.iteration.expert(COUNTER.at(iteration=i)) for i in range(count))
+    assert abs(sides["high_noise"] - count * above) < 5 * math.sqrt(count * above * (1 - above))
 
 
 def kolmogorov_distance(setting: Setting, times: list[float]) -> float:
