@@ -13,7 +13,7 @@ setup: .venv/.complete
 
 quickstart: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/pretrain_phased_dmd.sh
-	$(BIN)/python -m megatron_pdmd.evaluation.run_report --run runs/quickstart
+	$(BIN)/python -m megatron_pdmd.evaluation.run_report runs/quickstart
 
 test: setup
 	$(BIN)/python -m pytest

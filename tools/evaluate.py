@@ -13,9 +13,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
 from rich.console import Console
 
+from megatron_pdmd.errors import parse_options
 from megatron_pdmd.evaluation.clip_classifier import load_classifier
 from megatron_pdmd.evaluation.heldout_digits import load_heldout_digits
 from megatron_pdmd.evaluation.moving_digits_report import clip_features, evaluate_clips, real_clips
@@ -72,8 +72,8 @@ def write_json(path: Path, content: dict) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 for bad input."""
-    options = tyro.cli(EvaluateOptions, args=arguments)
     try:
+        options = parse_options(EvaluateOptions, __doc__, arguments)
         table = evaluate(options)
         others = {name: values for name, values in table.items() if name != "samples"}
         write_json(options.save, {**table["samples"], **others})

@@ -16,9 +16,11 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from megatron_pdmd.errors import parse_options
+
 PANELS = {  # title of a panel -> the logged values drawn in it
     "fake score's loss": ("fake_loss",),
-    "generator's loss": ("generator_loss",),
+    "generator: mean |gradient| and score gap": ("dmd_gradient", "score_gap"),
     "gradient norms": ("fake_grad_norm", "generator_grad_norm"),
 }
 METRICS = {  # of the moving-digits task, and which values are better
@@ -72,10 +74,10 @@ def read_evaluation(run: Path) -> dict[str, dict[str, float]]:
 
 
 def save_loss_curves(rows: list[dict], path: Path) -> None:
-    """Draws a row of panels for each phase: both losses, and the gradient norms on a logarithmic axis.
+    """Draws a row of panels for each phase, the gradient norms on a logarithmic axis.
 
     Faint lines are the logged values, full ones their running mean; what was not logged or not finite is left out. The
-    generator's loss is what its gradient is taken from, not a distance: it need not fall.
+    generator has no loss to show: its gradient's size and the gap between teacher and fake score need not fall.
 
     Args:
         rows: from `read_metrics`.
@@ -167,8 +169,8 @@ class ReportOptions:
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 for bad input."""
-    options = tyro.cli(ReportOptions, args=arguments)
     try:
+        options = parse_options(ReportOptions, __doc__, arguments)
         print(f"loss curves: {write_run_report(options.run)}")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -123,6 +123,11 @@ def destroy_topology() -> None:
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
+    # megatron-core forgets some of its groups there. A later fork that replaced them would wait in their destructor for
+    # threads that only the parent has.
+    for name, value in vars(parallel_state).items():
+        if isinstance(value, dist.ProcessGroup):
+            setattr(parallel_state, name, None)
     dist.destroy_process_group()
     _current = None
 

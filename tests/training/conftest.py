@@ -7,12 +7,9 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from megatron.core import parallel_state
 from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
 
 from megatron_pdmd import pretrain
@@ -156,34 +153,12 @@ def finished(launch: Launch, tmp_path_factory: pytest.TempPathFactory) -> Callab
     return run
 
 
-def drop_process_groups() -> None:
-    """Free the groups of earlier topologies, some of which megatron-core's own clean-up leaves in its globals.
-
-    A fork that replaces them would wait in their destructor for threads that only the parent has.
-    """
-    for name, value in list(vars(parallel_state).items()):
-        if isinstance(value, dist.ProcessGroup):
-            setattr(parallel_state, name, None)
-    gc.collect()
-
-
-@pytest.fixture(scope="session")
-def run_ranks(run_ranks: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
-    """The function of tests/conftest.py, for a process that has had topologies of its own."""
-
-    def run(*arguments: Any) -> list[Any]:
-        drop_process_groups()
-        return run_ranks(*arguments)
-
-    return run
-
-
 @pytest.fixture(scope="session")
 def in_child() -> Callable[[Callable[[], None]], int]:
     """The function ``in_child(function)``: calls it in a fork and returns the exit code, or minus the signal."""
 
     def run(function: Callable[[], None]) -> int:
-        drop_process_groups()
+        gc.collect()  # a dropped process group that the child collected would wait there for the parent's threads
         pid = os.fork()
         if pid == 0:
             signal.alarm(120)
