@@ -128,17 +128,17 @@ def _running_mean(values: tuple[float, ...], keep: float = 0.9) -> list[float]:
 
 
 def evaluation_table(evaluation: Mapping[str, Mapping[str, float]], title: str = "evaluation") -> Table:
-    """A table with a row for each metric and a column for each set of samples."""
-    table = Table(title=title)
-    table.add_column("metric", no_wrap=True)
-    for name in evaluation:
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("better", style="dim")
+    """A table with a row for each set of samples and a column for each metric, under which stands what is better."""
     known = [metric for metric in METRICS if any(metric in values for values in evaluation.values())]
     others = dict.fromkeys(m for values in evaluation.values() for m in values if m not in METRICS)
+    table = Table(title=title)
+    table.add_column("samples", no_wrap=True)
     for metric in (*known, *others):
-        cells = [f"{values[metric]:.4g}" if _finite(values.get(metric)) else "-" for values in evaluation.values()]
-        table.add_row(metric, *cells, METRICS.get(metric, ""))
+        better = f"\n[dim]{METRICS[metric]}[/dim]" if metric in METRICS else ""
+        table.add_column(metric.replace("_", " ") + better, justify="right")
+    for name, values in evaluation.items():
+        numbers = [values.get(metric) for metric in (*known, *others)]
+        table.add_row(name, *(f"{number:.4g}" if _finite(number) else "-" for number in numbers))
     return table
 
 
