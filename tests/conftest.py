@@ -26,7 +26,12 @@ def run_ranks() -> Callable[..., list[Any]]:
     spec = importlib.util.spec_from_file_location("ranks", Path(__file__).parent / "distributed" / "ranks.py")
     ranks = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(ranks)
-    return ranks.run_ranks
+
+    def run(*arguments: Any, **options: Any) -> list[Any]:
+        destroy_topology()  # an earlier test's; a fork would inherit its groups
+        return ranks.run_ranks(*arguments, **options)
+
+    return run
 
 
 @pytest.fixture

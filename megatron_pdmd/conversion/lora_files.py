@@ -19,7 +19,8 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import save_file
 
-from megatron_pdmd.conversion.export import replaced_folder, require_space
+from megatron_pdmd.conversion.export import replaced_folder
+from megatron_pdmd.errors import require_space
 
 LoraFormat = Literal["diffusers", "comfyui", "lightx2v"]
 _MANIFEST = "lora_files.json"
@@ -104,7 +105,9 @@ def export_loras(
     """
     destination = Path(destination)
     require_space(
-        destination, sum(t.numel() * t.element_size() for adapter in adapters.values() for t in adapter.values())
+        destination,
+        sum(t.numel() * t.element_size() for adapter in adapters.values() for t in adapter.values()),
+        "--hf",
     )
     with replaced_folder(destination, lambda folder: (folder / _MANIFEST).is_file()) as partial:
         for name, adapter in adapters.items():

@@ -86,7 +86,7 @@ def test_a_wrong_export_is_noticed(
     tmp_path: Path, two_experts: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _make_run(tmp_path / "run", two_experts)
-    monkeypatch.setattr("megatron_pdmd.models.lora.merged_tensors", _without_adapter)
+    monkeypatch.setattr("megatron_pdmd.training.outcome.merged_tensors", _without_adapter)
     code = _run_tool(monkeypatch, "--load", tmp_path / "run", "--hf", tmp_path / "hf", "--verify")
     assert "other samples than the run" in str(code)
 
