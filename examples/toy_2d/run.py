@@ -7,7 +7,7 @@ toy_2d.png, a picture of every method's path from noise to samples, and toy_2d.j
 
     python examples/toy_2d/run.py --save runs/toy_2d
 
-Takes about five minutes on two cores.
+Takes about six minutes on two free cores.
 """
 
 import json
