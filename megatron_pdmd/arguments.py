@@ -137,14 +137,24 @@ def _nearest(name: str, known: list[str]) -> str:
 
 
 def validate(config: Config) -> None:
-    """Refuses what cannot work before anything is allocated. What needs the teacher's folder is checked when it is
-    read.
+    """Refuses what cannot work before anything is allocated; what needs the teacher's folder is checked with it.
 
     Raises:
         ValueError: one line that names the flag, what was wrong and what to do.
     """
+    _check_signs(config)
+    _check_phases(config)
+    _check_ranges(config)
+    if config.model.teacher is None:
+        raise ValueError("--teacher: name the teacher's Hugging Face pipeline folder")
+    if config.data.prompts is None:
+        raise ValueError("--prompts: name a text file of prompts or a folder of encoded ones")
+    if config.evaluation.task != "none" and config.evaluation.task_folder is None:
+        raise ValueError(f"--task {config.evaluation.task}: --task-folder must name its classifier's folder")
+
+
+def _check_signs(config: Config) -> None:
     method, training, optimizer = config.method, config.training, config.optimizer
-    phases = len(method.phase_steps)
     positive = {
         "--num-steps": method.num_steps,
         "--fake-updates": method.fake_updates,
@@ -185,6 +195,11 @@ def validate(config: Config) -> None:
     for flag, value in not_negative.items():
         if not 0 <= value < math.inf:
             raise ValueError(f"{flag} {value}: must not be negative")
+
+
+def _check_phases(config: Config) -> None:
+    method, training = config.method, config.training
+    phases = len(method.phase_steps)
     if any(steps < 1 for steps in method.phase_steps) or sum(method.phase_steps) != method.num_steps:
         steps = ",".join(map(str, method.phase_steps))
         raise ValueError(
@@ -196,6 +211,10 @@ def validate(config: Config) -> None:
         raise ValueError(f"--train-iters: give one positive number, or one for each of the {phases} phases")
     if len(method.guidance_scale) not in (1, 2):
         raise ValueError("--guidance-scale: give one number, or two as low-noise,high-noise")
+
+
+def _check_ranges(config: Config) -> None:
+    method, training, optimizer = config.method, config.training, config.optimizer
     if not 0 <= method.ema_decay < 1:
         raise ValueError(f"--ema-decay {method.ema_decay}: must lie in [0, 1)")
     if method.ema_decay and method.generator == "full" and training.bf16:
@@ -208,9 +227,3 @@ def validate(config: Config) -> None:
         raise ValueError(f"--timestep-margin {method.timestep_margin}: must lie in [0, 0.5)")
     if not (0 <= optimizer.adam_beta1 < 1 and 0 <= optimizer.adam_beta2 < 1):
         raise ValueError("--adam-beta1, --adam-beta2: must lie in [0, 1)")
-    if config.model.teacher is None:
-        raise ValueError("--teacher: name the teacher's Hugging Face pipeline folder")
-    if config.data.prompts is None:
-        raise ValueError("--prompts: name a text file of prompts or a folder of encoded ones")
-    if config.evaluation.task != "none" and config.evaluation.task_folder is None:
-        raise ValueError(f"--task {config.evaluation.task}: --task-folder must name its classifier's folder")
