@@ -27,6 +27,11 @@ fi
 
 TRAINING_ARGS=(--config "$RECIPE" "$@")
 
+# Questions are answered by one process.
+case " $* " in
+    *" --help "* | *" -h "* | *" --print-config "*) exec python -m megatron_pdmd.preflight "${TRAINING_ARGS[@]}" ;;
+esac
+
 # Bad input ends here, in one process, with one line and exit code 2.
 python -m megatron_pdmd.preflight "${TRAINING_ARGS[@]}"
 
