@@ -7,8 +7,27 @@ from typing import Any
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from megatron_pdmd.parallel import Topology, destroy_topology, initialize_topology
+
+
+class Fp64Mode(TorchFunctionMode):
+    """Turns requests for fp32 into fp64, so that code which computes parts in fp32 becomes an fp64 reference."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if kwargs.get("dtype") is torch.float32:
+            kwargs["dtype"] = torch.float64
+        if func is torch.Tensor.float:
+            return args[0].double()
+        return func(*args, **kwargs)
+
+
+@pytest.fixture(scope="session")
+def fp64_mode() -> TorchFunctionMode:
+    """Inside of it diffusers' models compute in fp64 throughout."""
+    return Fp64Mode()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -14,7 +14,7 @@ from megatron_pdmd.models.wan.config import WanConfig
 from megatron_pdmd.models.wan.model import WanModel
 from megatron_pdmd.models.wan.weights import from_original_name, is_original
 from megatron_pdmd.parallel.cpu import without_cuda
-from megatron_pdmd.parallel.topology import Topology, current_topology, initialize_topology
+from megatron_pdmd.parallel.topology import existing_topology, initialize_topology
 
 _STEM = "diffusion_pytorch_model"
 
@@ -49,7 +49,7 @@ def from_hf(
         model_config = WanConfig.from_hf(config)
     except ValueError as error:
         raise ValueError(f"{path / 'config.json'}: {error}") from None
-    topology = options.pop("topology", None) or _topology()
+    topology = options.pop("topology", None) or existing_topology() or initialize_topology()
     files = weight_files(path)
     with without_cuda(), torch.device("meta"):
         model = WanModel(model_config, dtype=dtype, topology=topology, **options)
@@ -100,13 +100,6 @@ def weight_files(path: Path) -> list[Path]:
         if not (path / name).is_file():
             raise ValueError(f"{path / name}: named by {index_path.name} but not there; is the download complete?")
     return [path / name for name in names]
-
-
-def _topology() -> Topology:
-    try:
-        return current_topology()
-    except RuntimeError:
-        return initialize_topology()
 
 
 def _read_json(path: Path) -> dict[str, Any]:

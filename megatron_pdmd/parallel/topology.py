@@ -7,6 +7,7 @@ Ranks are laid out as megatron-core lays them out, tensor parallelism innermost:
 import math
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import torch
@@ -62,6 +63,7 @@ def initialize_topology(
     context: int = 1,
     sequence_parallel: bool = False,
     backend: str | None = None,
+    timeout_minutes: float = 10.0,
 ) -> Topology:
     """Create the process groups of this run. A second call with the same arguments returns the same topology.
 
@@ -75,6 +77,7 @@ def initialize_topology(
         sequence_parallel: split activations between linears over the tensor ranks (``--sequence-parallel``).
         backend: "nccl", "gloo" or "fake"; nccl where there is a CUDA device, else gloo, if not given
             (``--distributed-backend``).
+        timeout_minutes: how long a rank waits for another before it gives up (``--distributed-timeout-minutes``).
 
     Raises:
         ValueError: the sizes do not divide the world, sequence parallelism without tensor parallelism, a backend that
@@ -95,12 +98,12 @@ def initialize_topology(
     _check_layout(world_size, tensor, pipeline, context, sequence_parallel)
     device = _select_device(backend)
     if not dist.is_initialized():
-        _initialize_process_group(backend, world_size)
+        _initialize_process_group(backend, world_size, timedelta(minutes=timeout_minutes))
     elif dist.get_backend() != backend:
         raise ValueError(
             f"torch.distributed runs on {dist.get_backend()} and --distributed-backend is {backend}; give the same one"
         )
-    _current = _build_groups(tensor, pipeline, context, sequence_parallel, backend, device)
+    _current = _build_groups(tensor, pipeline, context, sequence_parallel, backend, device, timeout_minutes)
     return _current
 
 
@@ -112,6 +115,11 @@ def current_topology() -> Topology:
     """
     if _current is None:
         raise RuntimeError("there is no topology; call megatron_pdmd.parallel.initialize_topology() first")
+    return _current
+
+
+def existing_topology() -> Topology | None:
+    """Return the topology that ``initialize_topology`` made, or None where there is none yet."""
     return _current
 
 
@@ -133,7 +141,13 @@ def destroy_topology() -> None:
 
 
 def _build_groups(
-    tensor: int, pipeline: int, context: int, sequence_parallel: bool, backend: str, device: torch.device
+    tensor: int,
+    pipeline: int,
+    context: int,
+    sequence_parallel: bool,
+    backend: str,
+    device: torch.device,
+    timeout_minutes: float,
 ) -> Topology:
     # Imported here: megatron-core takes seconds to import, which a mistyped size should not cost.
     from megatron.core import parallel_state
@@ -145,6 +159,7 @@ def _build_groups(
             pipeline_model_parallel_size=pipeline,
             context_parallel_size=context,
             create_gloo_process_groups=False,
+            distributed_timeout_minutes=timeout_minutes,
         )
     return Topology(
         rank=dist.get_rank(),
@@ -186,13 +201,13 @@ def _select_device(backend: str) -> torch.device:
     return device
 
 
-def _initialize_process_group(backend: str, world_size: int) -> None:
+def _initialize_process_group(backend: str, world_size: int, timeout: timedelta) -> None:
     if backend == "fake":
         from torch.testing._internal.distributed.fake_pg import FakeStore
 
         store = FakeStore()
     elif "RANK" in os.environ and "MASTER_ADDR" in os.environ:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=timeout)
         return
     elif world_size == 1:
         store = dist.HashStore()
@@ -201,16 +216,17 @@ def _initialize_process_group(backend: str, world_size: int) -> None:
             f"WORLD_SIZE is {world_size} but RANK or MASTER_ADDR is not set; "
             "start the ranks with torchrun or unset WORLD_SIZE"
         )
-    dist.init_process_group(backend, store=store, rank=int(os.environ.get("RANK", "0")), world_size=world_size)
+    rank = int(os.environ.get("RANK", "0"))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
-def _check_layout(world_size: int, tensor: int, pipeline: int, context: int, sequence_parallel: bool) -> None:
-    sizes = {
-        "--tensor-model-parallel-size": tensor,
-        "--pipeline-model-parallel-size": pipeline,
-        "--context-parallel-size": context,
-    }
-    for flag, size in sizes.items():
+def check_sizes(tensor: int, pipeline: int, context: int, sequence_parallel: bool) -> None:
+    """Refuses sizes that no number of ranks can satisfy.
+
+    Raises:
+        ValueError: a size below 1, or sequence parallelism without tensor parallelism.
+    """
+    for flag, size in _by_flag(tensor, pipeline, context).items():
         if size < 1:
             raise ValueError(f"{flag} is {size}; it must be at least 1")
     if sequence_parallel and tensor == 1:
@@ -218,6 +234,19 @@ def _check_layout(world_size: int, tensor: int, pipeline: int, context: int, seq
             "--sequence-parallel splits activations over tensor-parallel ranks and --tensor-model-parallel-size is 1; "
             "raise it or drop --sequence-parallel"
         )
+
+
+def _by_flag(tensor: int, pipeline: int, context: int) -> dict[str, int]:
+    return {
+        "--tensor-model-parallel-size": tensor,
+        "--pipeline-model-parallel-size": pipeline,
+        "--context-parallel-size": context,
+    }
+
+
+def _check_layout(world_size: int, tensor: int, pipeline: int, context: int, sequence_parallel: bool) -> None:
+    check_sizes(tensor, pipeline, context, sequence_parallel)
+    sizes = _by_flag(tensor, pipeline, context)
     product = math.prod(sizes.values())
     if world_size % product == 0:
         return

@@ -1,30 +1,11 @@
-"""Fixtures for the models' tests: diffusers in true fp64, and the tolerance rule by name."""
+"""Fixtures for the models' tests: the tolerance rule by name."""
 
 from collections.abc import Callable, Iterator
 
 import pytest
-import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from megatron_pdmd.parallel import destroy_topology
-
-
-class Fp64Mode(TorchFunctionMode):
-    """Turns requests for fp32 into fp64, so that code which computes parts in fp32 becomes an fp64 reference."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
-        if kwargs.get("dtype") is torch.float32:
-            kwargs["dtype"] = torch.float64
-        if func is torch.Tensor.float:
-            return args[0].double()
-        return func(*args, **kwargs)
-
-
-@pytest.fixture
-def fp64_mode() -> TorchFunctionMode:
-    return Fp64Mode()
 
 
 @pytest.fixture

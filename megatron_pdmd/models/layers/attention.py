@@ -1,19 +1,30 @@
 """Multi-head attention: the choice of a backend, and the module around it."""
 
-from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._ops import OpOverload
 
 from megatron_pdmd.models.layers.flash_attention import flash_attention, flash_attention_available
 from megatron_pdmd.models.layers.linear import ColumnLinear, RowLinear
 from megatron_pdmd.models.layers.norm import RMSNorm
 from megatron_pdmd.models.layers.rope import rotate
 from megatron_pdmd.models.layers.tensor_parallel import TensorParallel
+from megatron_pdmd.parallel.context import AttentionBackend, ContextParallel
 
-# Query [B, S, heads, head_dim], key and value [B, L, heads, head_dim] -> [B, S, heads, head_dim].
-AttentionBackend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+class Positions(NamedTuple):
+    """Where this rank's tokens stand in a sequence.
+
+    Attributes:
+        rope: rotations of the tokens of this rank's context part, [S, 1, head_dim / 2].
+        length: tokens of the whole sequence, without the padding that splitting needs.
+    """
+
+    rope: Tensor
+    length: int
 
 
 def sdpa_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -37,6 +48,18 @@ def attention_backend(name: str) -> AttentionBackend:
     return flash_attention
 
 
+def attention_operators() -> list[OpOverload]:
+    """The operators that compute attention, whatever the backend, for a recomputation that keeps their outputs."""
+    aten = torch.ops.aten
+    operators = [
+        aten._scaled_dot_product_flash_attention_for_cpu.default,
+        aten._scaled_dot_product_flash_attention.default,
+        aten._scaled_dot_product_efficient_attention.default,
+        aten._scaled_dot_product_cudnn_attention.default,
+    ]
+    return operators + ([torch.ops.flash_attn._flash_attn_forward.default] if flash_attention_available() else [])
+
+
 class Attention(nn.Module):
     """Attention with q/k RMSNorm across all heads, of a sequence on itself or on a context.
 
@@ -46,7 +69,7 @@ class Attention(nn.Module):
         eps: of the q/k norms.
         parallel: the tensor-parallel group, which the heads are split over.
         dtype: of the linears and the norms' weights.
-        backend: computes softmax(q k^T / sqrt(head_dim)) v.
+        context: computes softmax(q k^T / sqrt(head_dim)) v, over all ranks that share the sequence.
     """
 
     def __init__(
@@ -57,12 +80,12 @@ class Attention(nn.Module):
         eps: float,
         parallel: TensorParallel,
         dtype: torch.dtype,
-        backend: AttentionBackend,
+        context: ContextParallel,
     ):
         super().__init__()
         self.local_heads = heads // parallel.size
         self.parallel = parallel
-        self.backend = backend
+        self.context = context
         self.to_q = ColumnLinear(size, size, parallel=parallel, dtype=dtype)
         self.to_k = ColumnLinear(size, size, parallel=parallel, dtype=dtype)
         self.to_v = ColumnLinear(size, size, parallel=parallel, dtype=dtype)
@@ -71,27 +94,30 @@ class Attention(nn.Module):
         self.norm_k = RMSNorm(size, eps=eps, parallel=parallel, dtype=dtype)
 
     def forward(
-        self, x: Tensor, context: Tensor | None = None, rope: Tensor | None = None, adapter: str | None = None
+        self, x: Tensor, text: Tensor | None = None, positions: Positions | None = None, adapter: str | None = None
     ) -> Tensor:
-        """Attends.
+        """Attends to the sequence itself, or to a text that every rank holds whole.
 
         Args:
             x: [B, S, d], or this rank's share of the sequence.
-            context: [B, L, d], already entered into the parallel region; None for self-attention.
-            rope: rotations of the tokens, [S, 1, head_dim / 2].
+            text: [B, L, d], already entered into the parallel region; None for self-attention.
+            positions: of the tokens, for self-attention.
             adapter: name of the adapter to apply, if any.
 
         Returns:
             The shape of x.
         """
         x = self.parallel.enter(x)
-        source = x if context is None else context
+        source = x if text is None else text
         query = self._heads(self.norm_q(self.to_q(x, adapter)))
         key = self._heads(self.norm_k(self.to_k(source, adapter)))
         value = self._heads(self.to_v(source, adapter))
-        if rope is not None:
-            query, key = rotate(query, rope), rotate(key, rope)
-        return self.to_out[0](self.backend(query, key, value).flatten(2), adapter)
+        if positions is None:
+            attended = self.context.backend(query, key, value)
+        else:
+            query, key = rotate(query, positions.rope), rotate(key, positions.rope)
+            attended = self.context.attend(query, key, value, positions.length)
+        return self.to_out[0](attended.flatten(2), adapter)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.local_heads, -1))

@@ -45,7 +45,9 @@ class _Adaptable(nn.Module):
         for parameters, tensor, dim in ((self.lora_A, a, a_dim), (self.lora_B, b, b_dim)):
             local = self.parallel.shard(tensor, dim).to(device=self.weight.device, dtype=torch.float32, copy=True)
             parameters[name] = nn.Parameter(local)
-            if dim is not None:
+            if dim is None:
+                self.parallel.mark_partial_parameter(parameters[name])
+            else:
                 mark_sharded(parameters[name], dim)
         self.lora_scale[name] = scale
 
@@ -66,10 +68,6 @@ class _Adaptable(nn.Module):
         if adapter is None or adapter not in self.lora_scale:
             return F.linear(x, self.weight, bias)
         a, b = self.lora_A[adapter].to(x.dtype), self.lora_B[adapter].to(x.dtype)
-        # The replicated half meets only this rank's part of the other, so its gradient is summed over the ranks.
-        a_dim, b_dim = self.adapter_partition_dims
-        a = self.parallel.enter_replicated(a) if a_dim is None else a
-        b = self.parallel.enter_replicated(b) if b_dim is None else b
         x_2d = x.reshape(-1, x.shape[-1])
         y = F.linear(x_2d, self.weight, bias)
         y = y.addmm_(F.linear(x_2d, a), b.t(), alpha=self.lora_scale[adapter])

@@ -12,7 +12,7 @@ from megatron.core import ModelParallelConfig
 from megatron.core.tensor_parallel import mappings
 from torch import Tensor, nn
 
-from megatron_pdmd.parallel.topology import Topology, current_topology
+from megatron_pdmd.parallel.topology import Topology
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,9 @@ class TensorParallel:
 
     @classmethod
     def of(cls, topology: Topology | None) -> "TensorParallel":
-        """The group of a topology: of this one, else of the process's current one, else a single rank."""
+        """The group of a topology; without one, a single rank."""
         if topology is None:
-            try:
-                topology = current_topology()
-            except RuntimeError:
-                return cls()
+            return cls()
         return cls(topology.groups.tp, topology.tensor, topology.tensor_rank, topology.sequence_parallel)
 
     def linear_config(self, dtype: torch.dtype) -> ModelParallelConfig:
@@ -62,7 +59,7 @@ class TensorParallel:
         return self.enter_replicated(x)
 
     def enter_replicated(self, x: Tensor) -> Tensor:
-        """The same for what every rank holds whole: text embeddings, and the replicated half of an adapter."""
+        """The same for what every rank holds whole, such as text embeddings."""
         return x if self.size == 1 else mappings.copy_to_tensor_model_parallel_region(x, group=self.group)
 
     def leave(self, x: Tensor) -> Tensor:
@@ -73,21 +70,6 @@ class TensorParallel:
             scattered = mappings.reduce_scatter_to_sequence_parallel_region(_sequence_first(x), group=self.group)
             return scattered.transpose(0, 1)
         return mappings.reduce_from_tensor_model_parallel_region(x, group=self.group)
-
-    def split_sequence(self, x: Tensor) -> Tensor:
-        """This rank's part of a sequence [B, S, ...], where it is split; S must be a multiple of the group's size."""
-        if not self.sequence_parallel:
-            return x
-        return mappings.scatter_to_sequence_parallel_region(_sequence_first(x), group=self.group).transpose(0, 1)
-
-    def join_sequence(self, x: Tensor) -> Tensor:
-        """The whole sequence on every rank, for a loss that every rank computes alike."""
-        if not self.sequence_parallel:
-            return x
-        gathered = mappings.gather_from_sequence_parallel_region(
-            _sequence_first(x), tensor_parallel_output_grad=False, group=self.group
-        )
-        return gathered.transpose(0, 1)
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sums x over the group in place, outside autograd."""
@@ -103,6 +85,10 @@ class TensorParallel:
     def mark_replicated_parameter(self, parameter: nn.Parameter) -> None:
         """The same for a single parameter."""
         parameter.sequence_parallel = self.sequence_parallel
+
+    def mark_partial_parameter(self, parameter: nn.Parameter) -> None:
+        """Tells the optimizer to sum the gradients of a parameter that meets only this rank's part of the units."""
+        parameter.sequence_parallel = self.size > 1
 
     def shard(self, tensor: Tensor, dim: int | None) -> Tensor:
         """This rank's slice of a whole tensor, or the tensor itself where `dim` is None (it is replicated)."""

@@ -6,12 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_pdmd.models.layers.attention import Attention, AttentionBackend
+from megatron_pdmd.models.layers.attention import Attention, Positions
 from megatron_pdmd.models.layers.linear import ColumnLinear, RowLinear
 from megatron_pdmd.models.layers.modulation import gated_residual, modulated_layer_norm
 from megatron_pdmd.models.layers.norm import LayerNorm
 from megatron_pdmd.models.layers.tensor_parallel import TensorParallel, compute_dtype
 from megatron_pdmd.models.wan.config import WanConfig
+from megatron_pdmd.parallel.context import ContextParallel
 
 
 class _GeluProjection(nn.Module):
@@ -44,10 +45,10 @@ class WanBlock(nn.Module):
         config: the model's shape.
         parallel: the tensor-parallel group.
         dtype: of all parameters but norms and modulation tables, which stay in at least fp32.
-        backend: of both attentions.
+        context: the ranks that share a sequence, and how both attentions compute.
     """
 
-    def __init__(self, config: WanConfig, *, parallel: TensorParallel, dtype: torch.dtype, backend: AttentionBackend):
+    def __init__(self, config: WanConfig, *, parallel: TensorParallel, dtype: torch.dtype, context: ContextParallel):
         super().__init__()
         size, exact = config.hidden_size, compute_dtype(dtype)
         self.eps = config.eps
@@ -58,7 +59,7 @@ class WanBlock(nn.Module):
                 eps=config.eps,
                 parallel=parallel,
                 dtype=dtype,
-                backend=backend,
+                context=context,
             )
             for _ in range(2)
         )
@@ -68,14 +69,14 @@ class WanBlock(nn.Module):
         parallel.mark_replicated(self.norm2)
         parallel.mark_replicated_parameter(self.scale_shift_table)
 
-    def forward(self, x: Tensor, text: Tensor, modulation: Tensor, rope: Tensor, adapter: str | None) -> Tensor:
+    def forward(self, x: Tensor, text: Tensor, modulation: Tensor, positions: Positions, adapter: str | None) -> Tensor:
         """Runs the block.
 
         Args:
             x: tokens [B, S, d], or this rank's share of them.
             text: embedded text [B, L, d], already entered into the parallel region.
             modulation: the time's part of shift, scale and gate of both branches, [B, 1 or S, 6, d].
-            rope: rotations of the whole sequence, [S, 1, head_dim / 2].
+            positions: of the tokens in the whole sequence.
             adapter: name of the adapter to apply, if any.
 
         Returns:
@@ -84,7 +85,7 @@ class WanBlock(nn.Module):
         modulation = self.scale_shift_table + modulation
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = modulation.unbind(-2)
         h = modulated_layer_norm(x, shift, scale, eps=self.eps)
-        x = gated_residual(x, self.attn1(h, rope=rope, adapter=adapter), gate)
-        x = x + self.attn2(self.norm2(x), context=text, adapter=adapter)
+        x = gated_residual(x, self.attn1(h, positions=positions, adapter=adapter), gate)
+        x = x + self.attn2(self.norm2(x), text=text, adapter=adapter)
         h = modulated_layer_norm(x, ffn_shift, ffn_scale, eps=self.eps)
         return gated_residual(x, self.ffn(h, adapter), ffn_gate)

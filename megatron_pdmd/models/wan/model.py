@@ -6,14 +6,16 @@ embedder in fp32, all else in the model's dtype.
 
 import copy
 import math
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from megatron_pdmd.models.conditions import Conditions
-from megatron_pdmd.models.layers.attention import attention_backend
+from megatron_pdmd.models.layers.attention import Positions, attention_backend, attention_operators
+from megatron_pdmd.models.layers.block_attention import block_attention_for
 from megatron_pdmd.models.layers.modulation import modulated_layer_norm
 from megatron_pdmd.models.layers.rope import RotaryEmbedding
 from megatron_pdmd.models.layers.tensor_parallel import TensorParallel, compute_dtype
@@ -21,7 +23,8 @@ from megatron_pdmd.models.lora import AdapterConfig
 from megatron_pdmd.models.wan.block import WanBlock
 from megatron_pdmd.models.wan.config import WanConfig
 from megatron_pdmd.models.wan.embeddings import ConditionEmbedder, PatchEmbedding, unpatchify
-from megatron_pdmd.parallel.topology import Topology
+from megatron_pdmd.parallel.context import ContextMethod, ContextParallel, SequenceSplit, context_method
+from megatron_pdmd.parallel.topology import Topology, existing_topology
 
 
 class WanModel(nn.Module):
@@ -34,7 +37,9 @@ class WanModel(nn.Module):
         dtype: of the parameters; norms, modulation tables and the time embedder stay in at least fp32.
         topology: the process groups; by default the current ones, or a single rank if there are none.
         attention_backend_name: "sdpa" or "flash" (`--attention-backend`).
-        recompute_granularity: "full" keeps only every block's input for the backward pass and computes the rest again.
+        recompute_granularity: what the backward pass computes again: "full" all but every block's input, "selective"
+            all but that and the attentions' outputs, which cost most in long clips.
+        context_parallel_method: "ulysses", "ring" or "auto" (`--context-parallel-method`).
 
     Attributes:
         adapters: the low-rank adapters the model carries, by name.
@@ -50,17 +55,23 @@ class WanModel(nn.Module):
         dtype: torch.dtype = torch.float32,
         topology: Topology | None = None,
         attention_backend_name: str = "sdpa",
-        recompute_granularity: Literal["full"] | None = None,
+        recompute_granularity: Literal["full", "selective"] | None = None,
+        context_parallel_method: Literal["auto", "ulysses", "ring"] = "auto",
     ):
         super().__init__()
-        if recompute_granularity not in (None, "full"):
-            raise ValueError(f"--recompute-granularity {recompute_granularity}: not supported here; choose full")
-        parallel = TensorParallel.of(topology)
-        _check_divisible(config, parallel.size)
+        if recompute_granularity not in (None, "full", "selective"):
+            raise ValueError(f"--recompute-granularity {recompute_granularity}: unknown; choose full or selective")
+        topology = topology or existing_topology()
+        parallel, sequence = TensorParallel.of(topology), SequenceSplit.of(topology)
+        method = check_layout(config, parallel.size, sequence.context, context_parallel_method)
+        backend = attention_backend(attention_backend_name)
+        context = ContextParallel.of(topology, method, backend, block_attention_for)
         size, exact = config.hidden_size, compute_dtype(dtype)
         self.config = config
         self.dtype = dtype
         self.parallel = parallel
+        self.sequence = sequence
+        self.context = context
         self.recompute_granularity = recompute_granularity
         self.adapters: dict[str, AdapterConfig] = {}
         self.rope = RotaryEmbedding(config.attention_head_dim, max_positions=config.rope_max_seq_len)
@@ -68,9 +79,8 @@ class WanModel(nn.Module):
         self.condition_embedder = ConditionEmbedder(
             size, freq_dim=config.freq_dim, text_dim=config.text_dim, dtype=dtype
         )
-        backend = attention_backend(attention_backend_name)
         self.blocks = nn.ModuleList(
-            WanBlock(config, parallel=parallel, dtype=dtype, backend=backend) for _ in range(config.num_layers)
+            WanBlock(config, parallel=parallel, dtype=dtype, context=context) for _ in range(config.num_layers)
         )
         self.proj_out = nn.Linear(size, config.out_channels * math.prod(config.patch_size), dtype=dtype)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, size, dtype=exact) / math.sqrt(size))
@@ -101,32 +111,38 @@ class WanModel(nn.Module):
         grid = self._token_grid(x)
         self._check_batch(x, t, conditions.text, math.prod(grid))
         rope = self.rope(grid, device=x.device, dtype=compute_dtype(self.dtype))
-        tokens = self.patch_embedding(self.parallel.split_sequence(self.patch_embedding.patches(x)))
-        t = t.unsqueeze(1) if t.ndim == 1 else self.parallel.split_sequence(t)
+        positions = Positions(self.sequence.context_part(rope), len(rope))
+        tokens = self.patch_embedding(self.sequence.split(self.patch_embedding.patches(x)))
+        t = t.unsqueeze(1) if t.ndim == 1 else self.sequence.split(t)
         time, modulation = self.condition_embedder.time(t)
         text = self.condition_embedder.text_embedder(conditions.text.to(self.dtype))
         text = self.parallel.enter_replicated(text)
-        recompute = self.recompute_granularity == "full" and torch.is_grad_enabled()
         for block in self.blocks:
-            arguments = (tokens, text, modulation, rope, adapter)
-            if recompute:
-                tokens = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
-            else:
-                tokens = block(*arguments)
+            tokens = self._run(block, tokens, text, modulation, positions, adapter)
         shift, scale = (self.scale_shift_table + time.unsqueeze(-2)).unbind(-2)
         tokens = modulated_layer_norm(tokens, shift, scale, eps=self.config.eps)
-        tokens = self.parallel.join_sequence(self.proj_out(tokens))
+        tokens = self.sequence.join(self.proj_out(tokens), len(rope))
         return unpatchify(tokens, grid, self.config.patch_size).to(x_t.dtype)
 
     def __deepcopy__(self, memo: dict) -> "WanModel":
         """A copy with weights of its own in the same process groups, its parameters marked as the original's."""
-        memo[id(self.parallel.group)] = self.parallel.group
+        for shared in (self.parallel, self.parallel.group, self.sequence, self.context):
+            memo[id(shared)] = shared
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
         for parameter, original in zip(twin.parameters(), self.parameters(), strict=True):
             parameter.__dict__.update(original.__dict__)
         return twin
+
+    def _run(self, block: WanBlock, *arguments: Any) -> Tensor:
+        """A block's output, with what its backward needs kept or computed again."""
+        if self.recompute_granularity is None or not torch.is_grad_enabled():
+            return block(*arguments)
+        options = {}
+        if self.recompute_granularity == "selective":
+            options["context_fn"] = partial(create_selective_checkpoint_contexts, attention_operators())
+        return checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False, **options)
 
     def _joined_input(self, x_t: Tensor, conditions: Conditions) -> Tensor:
         """Latents and what joins them along channels, in the model's dtype."""
@@ -150,13 +166,7 @@ class WanModel(nn.Module):
         sizes, patch = x.shape[2:], self.config.patch_size
         if any(size % step for size, step in zip(sizes, patch, strict=True)):
             raise ValueError(f"latents of frames, height, width {_size(x[0, 0])} are not multiples of patches {patch}")
-        grid = tuple(size // step for size, step in zip(sizes, patch, strict=True))
-        if self.parallel.sequence_parallel and math.prod(grid) % self.parallel.size:
-            raise ValueError(
-                f"--sequence-parallel: {math.prod(grid)} tokens do not divide over {self.parallel.size} tensor-parallel"
-                " ranks; change the clip's size or drop the flag"
-            )
-        return grid
+        return tuple(size // step for size, step in zip(sizes, patch, strict=True))
 
     def _check_batch(self, x: Tensor, t: Tensor, text: Tensor, tokens: int) -> None:
         if t.shape not in ((len(x),), (len(x), tokens)):
@@ -169,10 +179,24 @@ def _size(tensor: Tensor) -> str:
     return f"[{', '.join(map(str, tensor.shape))}]"
 
 
-def _check_divisible(config: WanConfig, ranks: int) -> None:
-    for name in ("num_attention_heads", "ffn_dim"):
-        if getattr(config, name) % ranks:
-            raise ValueError(
-                f"--tensor-model-parallel-size {ranks} does not divide the model's {name} {getattr(config, name)};"
-                " choose one that does"
-            )
+def check_layout(config: WanConfig, tensor: int, context: int, method: str) -> ContextMethod:
+    """Refuses ranks that a model's heads and units do not divide over, and chooses the context-parallel method.
+
+    Args:
+        config: the model's shape.
+        tensor: tensor-parallel ranks.
+        context: context-parallel ranks.
+        method: `--context-parallel-method`.
+
+    Raises:
+        ValueError: names the flag and the nearest sizes that work.
+    """
+    common = math.gcd(config.num_attention_heads, config.ffn_dim)
+    if common % tensor:
+        works = [size for size in range(1, common + 1) if common % size == 0]
+        nearest = {*[size for size in works if size < tensor][-1:], *[size for size in works if size > tensor][:1]}
+        raise ValueError(
+            f"--tensor-model-parallel-size {tensor} does not divide the model's {config.num_attention_heads} heads and"
+            f" {config.ffn_dim} feed-forward units; use {' or '.join(map(str, sorted(nearest)))}"
+        )
+    return context_method(method, context, tensor, config.num_attention_heads)

@@ -250,7 +250,7 @@ def test_sizes_that_do_not_fit_are_refused_in_one_line(change, message):
     ("options", "message"),
     [
         ({"attention_backend_name": "eager"}, "--attention-backend eager: unknown"),
-        ({"recompute_granularity": "selective"}, "--recompute-granularity selective"),
+        ({"recompute_granularity": "block"}, "--recompute-granularity block: unknown; choose full or selective"),
     ],
 )
 def test_options_that_do_not_exist_are_refused(options, message):
