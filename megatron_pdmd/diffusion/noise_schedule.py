@@ -79,7 +79,7 @@ class NoiseSchedule(ABC):
 
         Args:
             x_s: samples at noise level s [B, ...].
-            eps: standard normal noise of the shape of x_s.
+            eps: standard normal noise of the shape of x_s, or int64 seeds [B] to draw it from.
             s: [B].
             t: [B], at least s.
         """

@@ -21,6 +21,9 @@ def dmd_gradient(
     weighting: Weighting = "score",
     x_s: Tensor | None = None,
     x_t: Tensor | None = None,
+    *,
+    unconditional: Tensor | None = None,
+    guidance: float = 1.0,
 ) -> Tensor:
     """The gradient with respect to x_s whose descent lowers KL(p_fake(x_t) || p_real(x_t)).
 
@@ -29,7 +32,7 @@ def dmd_gradient(
     that a flow v implies and the mean taken per sample. At s = 0 that is DMD's weighting, and it is finite at t = s.
 
     Args:
-        teacher_flow: the teacher's flow at (x_t, t), after guidance [B, ...].
+        teacher_flow: the teacher's flow T at (x_t, t) [B, ...], after guidance unless `unconditional` is given.
         fake_flow: the fake score's, of the same shape.
         s: [B], below 1.
         t: [B], above 0 and at least s.
@@ -37,6 +40,8 @@ def dmd_gradient(
         weighting: "score" or "mean_abs".
         x_s: the generator's samples, for "mean_abs".
         x_t: the diffused samples, for "mean_abs".
+        unconditional: the teacher's flow without the prompt, for `guided_flow` in the same pass over memory.
+        guidance: its scale.
 
     Returns:
         [B, ...], fp32 or fp64, without a graph.
@@ -46,8 +51,10 @@ def dmd_gradient(
     """
     alpha_s, alpha, sigma = schedule.alpha(s), schedule.alpha(t), schedule.sigma(t)
     alpha_ts, sigma_ts = schedule.transition(s, t)
+    guided = {"unconditional": unconditional, "guidance": guidance}
     if weighting == "score":
-        return pdmd_kernels.dmd_gradient(teacher_flow, fake_flow, alpha * alpha_ts / (sigma * (alpha + sigma)))
+        weight = alpha * alpha_ts / (sigma * (alpha + sigma))
+        return pdmd_kernels.dmd_gradient(teacher_flow, fake_flow, weight, **guided)
     if weighting != "mean_abs":
         raise ValueError(f"--dmd-weighting {weighting} does not exist; choose score or mean_abs")
     if x_s is None or x_t is None:
@@ -57,7 +64,7 @@ def dmd_gradient(
     of_x_t = alpha_ts * (schedule.sigma(s) / sigma).square()
     weight = of_x0 * sigma / (alpha + sigma)
     c_x = of_x_t + of_x0 / (alpha + sigma)
-    return pdmd_kernels.dmd_gradient(teacher_flow, fake_flow, weight, x_s, x_t, c_x)
+    return pdmd_kernels.dmd_gradient(teacher_flow, fake_flow, weight, x_s, x_t, c_x, **guided)
 
 
 def guided_flow(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:

@@ -1,16 +1,20 @@
 """Random numbers from a counter: each draw is a function of what it is for, never of what was drawn before.
 
 So a sample meets the same noise on any layout of ranks and any micro-batch size, a resumed run continues to the bit,
-and any update can be replayed alone.
+and any update can be replayed alone. Normal numbers come from Philox under a hashed key (Salmon et al. 2011, "Parallel
+random numbers: as easy as 1, 2, 3"), so that a kernel can draw them where it needs them.
 """
 
 import hashlib
+import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 
 import torch
+
+from pdmd_kernels import normal
 
 
 class Purpose(IntEnum):
@@ -47,27 +51,27 @@ class Counter:
         """This counter with some of its fields replaced."""
         return replace(self, **changes)
 
-    def generator(self, purpose: Purpose, sample: int = WHOLE_BATCH) -> torch.Generator:
-        """A CPU generator that stands at this draw's own stream.
-
-        torch's CPU generator takes 32 bits of its seed, so of n streams about n^2 / 2^33 pairs are the same.
-        """
-        words = (self.seed, self.phase, self.iteration, self.update, int(purpose), sample)
-        digest = hashlib.blake2b(struct.pack("<6q", *words), digest_size=8).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    def seeds(self, purpose: Purpose, samples: Sequence[int]) -> torch.Tensor:
+        """The key of each sample's stream of normal numbers, int64 [B]; what `pdmd_kernels` draws noise from."""
+        return torch.tensor([self._key(purpose, sample) - 2**63 for sample in samples], dtype=torch.int64)
 
     def uniform(self, purpose: Purpose, samples: Sequence[int] = (WHOLE_BATCH,)) -> torch.Tensor:
         """One fp32 number in [0, 1) for each sample, [B]."""
-        return torch.cat([torch.rand(1, generator=self.generator(purpose, sample)) for sample in samples])
+        return torch.tensor([(self._key(purpose, sample) >> 40) * 2.0**-24 for sample in samples])
 
     def integer(self, purpose: Purpose, bound: int) -> int:
         """One whole number in [0, bound) for the global batch."""
-        return int(torch.randint(bound, (), generator=self.generator(purpose)))
+        return self.integers(purpose, bound, (WHOLE_BATCH,))[0]
 
     def integers(self, purpose: Purpose, bound: int, samples: Sequence[int]) -> list[int]:
         """A whole number in [0, bound) for each sample."""
-        return [int(torch.randint(bound, (), generator=self.generator(purpose, sample))) for sample in samples]
+        return [self._key(purpose, sample) * bound >> 64 for sample in samples]
 
     def normal(self, purpose: Purpose, shape: Sequence[int], samples: Sequence[int]) -> torch.Tensor:
         """Standard normal numbers for each sample, fp32 [B, *shape]."""
-        return torch.stack([torch.randn(*shape, generator=self.generator(purpose, sample)) for sample in samples])
+        return normal(self.seeds(purpose, samples), math.prod(shape)).view(-1, *shape)
+
+    def _key(self, purpose: Purpose, sample: int) -> int:
+        """64 bits that depend on every field of the counter, the purpose and the sample."""
+        words = (self.seed, self.phase, self.iteration, self.update, int(purpose), sample)
+        return int.from_bytes(hashlib.blake2b(struct.pack("<6q", *words), digest_size=8).digest(), "little")

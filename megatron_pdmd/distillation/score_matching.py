@@ -67,7 +67,7 @@ def score_matching_loss(
     Args:
         model_output: the fake score's prediction at (x_t, t) [B, ...].
         x_s: samples at noise level s [B, ...].
-        eps: the noise that made x_t of x_s.
+        eps: the noise that made x_t of x_s, or the int64 seeds [B] it is drawn from again.
         s: [B], below 1.
         t: [B], at least s.
         schedule: alpha and sigma.

@@ -70,13 +70,13 @@ class Iteration:
             counter, full=method.fake_rollout == "full" or method.gradient_truncation == "none"
         )
         x_s = yield from self._rollout(counter, batch, truncation, gradient=False)
-        t, eps, expert = self._diffusion(counter, batch)
+        t, noise, expert = self._diffusion(counter, batch)
         s = torch.full_like(t, self.phase.end)
-        x_t = self.schedule.diffuse(x_s, eps, s, t)
+        x_t = self.schedule.diffuse(x_s, noise, s, t)
         flow = yield Pass("fake_score", expert, x_t, t, batch.conditions, gradient=True)
         output = from_flow(flow, x_t, t, self.schedule, "x0") if method.objective == "x0" else flow
         loss = score_matching_loss(
-            output, x_s, eps, s, t, self.schedule, objective=method.objective, clamp_max=method.clamp_max
+            output, x_s, noise, s, t, self.schedule, objective=method.objective, clamp_max=method.clamp_max
         )
         yield Backward(loss)
         return {"fake_loss": loss.detach()}
@@ -86,19 +86,28 @@ class Iteration:
         method = self.method
         truncation = self._truncation(counter, full=method.gradient_truncation == "none")
         x_s = yield from self._rollout(counter, batch, truncation, gradient=True)
-        t, eps, expert = self._diffusion(counter, batch)
+        t, noise, expert = self._diffusion(counter, batch)
         s, sample = torch.full_like(t, self.phase.end), x_s.detach()
-        x_t = self.schedule.diffuse(sample, eps, s, t)
+        x_t = self.schedule.diffuse(sample, noise, s, t)
         teacher_flow = yield Pass("teacher", expert, x_t, t, batch.conditions)
         scale = guidance_scale(method, expert)
-        if scale != 1:
-            unconditional = yield Pass("teacher", expert, x_t, t, batch.negative)
-            teacher_flow = guided_flow(teacher_flow, unconditional, scale)
+        unconditional = (yield Pass("teacher", expert, x_t, t, batch.negative)) if scale != 1 else None
         fake_flow = yield Pass("fake_score", expert, x_t, t, batch.conditions)
         gradient = dmd_gradient(
-            teacher_flow, fake_flow, s, t, self.schedule, weighting=method.dmd_weighting, x_s=sample, x_t=x_t
+            teacher_flow,
+            fake_flow,
+            s,
+            t,
+            self.schedule,
+            weighting=method.dmd_weighting,
+            x_s=sample,
+            x_t=x_t,
+            unconditional=unconditional,
+            guidance=scale,
         )
         yield Backward(x_s, gradient / gradient.numel())
+        if unconditional is not None:
+            teacher_flow = guided_flow(teacher_flow, unconditional, scale)
         gap = (teacher_flow - fake_flow).flatten(1).norm(dim=1) / teacher_flow.flatten(1).norm(dim=1)
         return {"dmd_gradient": gradient.abs().mean(), "score_gap": gap.mean()}
 
@@ -154,14 +163,14 @@ class Iteration:
         return experts[0] if counter.uniform(Purpose.TEACHER_SIDE).item() >= self._boundary_quantile() else experts[1]
 
     def _diffusion(self, counter: Counter, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, Expert]:
-        """t ~ T(t; s, 1) [B] on the update's side of the boundary, eps [B, C, F, H, W], and that side's expert."""
-        eps = counter.normal(Purpose.DIFFUSION_NOISE, self.latent_shape, batch.samples).to(self.device)
+        """t ~ T(t; s, 1) [B] on the update's side of the boundary, the noise's seeds [B], and that side's expert."""
+        noise = counter.seeds(Purpose.DIFFUSION_NOISE, batch.samples).to(self.device)
         u, expert = counter.uniform(Purpose.DIFFUSION_TIME, batch.samples), self.expert(counter)
         if len(self.experts()) == 2:
             below = self._boundary_quantile()
             u = below + (1 - below) * u if expert == "high_noise" else below * u
         t = sample_timesteps(u, *self.interval(), self.schedule, **self._distribution())
-        return t.to(self.device), eps, expert
+        return t.to(self.device), noise, expert
 
 
 def guidance_scale(method: MethodConfig, expert: str) -> float:

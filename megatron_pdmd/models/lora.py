@@ -109,7 +109,18 @@ def adapter_parameters(model: nn.Module, name: str) -> list[nn.Parameter]:
     Raises:
         ValueError: there is no such adapter.
     """
-    return [parameters[name] for _, linear in _adapted(model, name) for parameters in (linear.lora_A, linear.lora_B)]
+    return [parameter for _, parameter in named_adapter_parameters(model, name)]
+
+
+def named_adapter_parameters(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Parameter]]:
+    """The same with the names that `adapter_state_dict` gives them.
+
+    Raises:
+        ValueError: there is no such adapter.
+    """
+    for linear_name, linear in _adapted(model, name):
+        yield f"{linear_name}.lora_A.weight", linear.lora_A[name]
+        yield f"{linear_name}.lora_B.weight", linear.lora_B[name]
 
 
 def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -9,17 +9,17 @@ from torch._ops import OpOverload
 
 from megatron_pdmd.models.layers.flash_attention import flash_attention, flash_attention_available
 from megatron_pdmd.models.layers.linear import ColumnLinear, RowLinear
-from megatron_pdmd.models.layers.norm import RMSNorm
-from megatron_pdmd.models.layers.rope import rotate
+from megatron_pdmd.models.layers.norm import RMSNormWeight
 from megatron_pdmd.models.layers.tensor_parallel import TensorParallel
 from megatron_pdmd.parallel.context import AttentionBackend, ContextParallel
+from pdmd_kernels import qk_norm_rope
 
 
 class Positions(NamedTuple):
     """Where this rank's tokens stand in a sequence.
 
     Attributes:
-        rope: rotations of the tokens of this rank's context part, [S, 1, head_dim / 2].
+        rope: rotations of the tokens of this rank's context part, [S, head_dim / 2, 2].
         length: tokens of the whole sequence, without the padding that splitting needs.
     """
 
@@ -83,6 +83,8 @@ class Attention(nn.Module):
         context: ContextParallel,
     ):
         super().__init__()
+        self.size = size
+        self.eps = eps
         self.local_heads = heads // parallel.size
         self.parallel = parallel
         self.context = context
@@ -90,8 +92,8 @@ class Attention(nn.Module):
         self.to_k = ColumnLinear(size, size, parallel=parallel, dtype=dtype)
         self.to_v = ColumnLinear(size, size, parallel=parallel, dtype=dtype)
         self.to_out = nn.ModuleList([RowLinear(size, size, parallel=parallel, dtype=dtype)])
-        self.norm_q = RMSNorm(size, eps=eps, parallel=parallel, dtype=dtype)
-        self.norm_k = RMSNorm(size, eps=eps, parallel=parallel, dtype=dtype)
+        self.norm_q = RMSNormWeight(size, parallel=parallel, dtype=dtype)
+        self.norm_k = RMSNormWeight(size, parallel=parallel, dtype=dtype)
 
     def forward(
         self, x: Tensor, text: Tensor | None = None, positions: Positions | None = None, adapter: str | None = None
@@ -109,15 +111,18 @@ class Attention(nn.Module):
         """
         x = self.parallel.enter(x)
         source = x if text is None else text
-        query = self._heads(self.norm_q(self.to_q(x, adapter)))
-        key = self._heads(self.norm_k(self.to_k(source, adapter)))
-        value = self._heads(self.to_v(source, adapter))
-        if positions is None:
-            attended = self.context.backend(query, key, value)
-        else:
-            query, key = rotate(query, positions.rope), rotate(key, positions.rope)
-            attended = self.context.attend(query, key, value, positions.length)
+        query, key = qk_norm_rope(
+            self.to_q(x, adapter),
+            self.to_k(source, adapter),
+            self.norm_q.weight,
+            self.norm_k.weight,
+            eps=self.eps,
+            size=self.size,
+            heads=self.local_heads,
+            rope=None if positions is None else positions.rope,
+            reduce=self.parallel.all_reduce if self.parallel.size > 1 else None,
+        )
+        projected = (query, key, self.to_v(source, adapter))
+        heads = [tensor.unflatten(-1, (self.local_heads, -1)) for tensor in projected]
+        attended = self.context.backend(*heads) if positions is None else self.context.attend(*heads, positions.length)
         return self.to_out[0](attended.flatten(2), adapter)
-
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.local_heads, -1))

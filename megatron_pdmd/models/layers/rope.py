@@ -39,7 +39,7 @@ class RotaryEmbedding(nn.Module):
             dtype: real dtype of the rotations, fp32 or fp64; angles are computed in fp64.
 
         Returns:
-            Complex [frames * rows * columns, 1, head_dim / 2].
+            (cos, sin) of each pair of channels, [frames * rows * columns, head_dim / 2, 2].
 
         Raises:
             ValueError: the grid is longer than the model knows.
@@ -55,7 +55,7 @@ class RotaryEmbedding(nn.Module):
                 del self._tables[next(iter(self._tables))]
             # A table first asked for while sampling must serve training as well.
             with torch.inference_mode(False), torch.no_grad():
-                self._tables[key] = self._build(grid, device).to(dtype.to_complex())
+                self._tables[key] = self._build(grid, device).to(dtype)
         return self._tables[key]
 
     def _build(self, grid: Sequence[int], device: torch.device) -> Tensor:
@@ -66,11 +66,5 @@ class RotaryEmbedding(nn.Module):
             shape = [1, 1, 1, dim // 2]
             shape[axis] = length
             angles.append(torch.outer(positions, self.base**-exponents).view(shape).expand(*grid, dim // 2))
-        angle = torch.cat(angles, dim=-1).flatten(0, 2).unsqueeze(1)
-        return torch.polar(torch.ones_like(angle), angle)
-
-
-def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Turns [B, S, heads, head_dim] by the rotations [S, 1, head_dim / 2]; same shape and dtype."""
-    pairs = torch.view_as_complex(x.to(table.dtype.to_real()).unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * table).flatten(-2).to(x.dtype)
+        angle = torch.cat(angles, dim=-1).flatten(0, 2)
+        return torch.stack([angle.cos(), angle.sin()], dim=-1)

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from megatron_pdmd.models.layers.attention import Attention, Positions
 from megatron_pdmd.models.layers.linear import ColumnLinear, RowLinear
-from megatron_pdmd.models.layers.modulation import gated_residual, modulated_layer_norm
 from megatron_pdmd.models.layers.norm import LayerNorm
 from megatron_pdmd.models.layers.tensor_parallel import TensorParallel, compute_dtype
 from megatron_pdmd.models.wan.config import WanConfig
 from megatron_pdmd.parallel.context import ContextParallel
+from pdmd_kernels import gated_residual, modulated_layer_norm
 
 
 class _GeluProjection(nn.Module):

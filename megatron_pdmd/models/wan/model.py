@@ -16,7 +16,6 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from megatron_pdmd.models.conditions import Conditions
 from megatron_pdmd.models.layers.attention import Positions, attention_backend, attention_operators
 from megatron_pdmd.models.layers.block_attention import block_attention_for
-from megatron_pdmd.models.layers.modulation import modulated_layer_norm
 from megatron_pdmd.models.layers.rope import RotaryEmbedding
 from megatron_pdmd.models.layers.tensor_parallel import TensorParallel, compute_dtype
 from megatron_pdmd.models.lora import AdapterConfig
@@ -25,6 +24,7 @@ from megatron_pdmd.models.wan.config import WanConfig
 from megatron_pdmd.models.wan.embeddings import ConditionEmbedder, PatchEmbedding, unpatchify
 from megatron_pdmd.parallel.context import ContextMethod, ContextParallel, SequenceSplit, context_method
 from megatron_pdmd.parallel.topology import Topology, existing_topology
+from pdmd_kernels import modulated_layer_norm
 
 
 class WanModel(nn.Module):

@@ -1,0 +1,1 @@
+"""What a layout costs: formulas, held against what is counted."""
