@@ -145,6 +145,7 @@ def validate(config: Config) -> None:
     _check_signs(config)
     _check_phases(config)
     _check_ranges(config)
+    _check_combinations(config)
     if config.model.teacher is None:
         raise ValueError("--teacher: name the teacher's Hugging Face pipeline folder")
     if config.data.prompts is None:
@@ -176,6 +177,7 @@ def _check_signs(config: Config) -> None:
         "--clips": config.evaluation.clips,
         "--teacher-steps": config.evaluation.teacher_steps,
         "--batch-size": config.evaluation.batch_size,
+        "--distributed-timeout-minutes": config.parallel.distributed_timeout_minutes,
     }
     for flag, value in positive.items():
         if not 0 < value < math.inf:
@@ -211,6 +213,17 @@ def _check_phases(config: Config) -> None:
         raise ValueError(f"--train-iters: give one positive number, or one for each of the {phases} phases")
     if len(method.guidance_scale) not in (1, 2):
         raise ValueError("--guidance-scale: give one number, or two as low-noise,high-noise")
+
+
+def _check_combinations(config: Config) -> None:
+    parallel, checkpoint = config.parallel, config.checkpoint
+    if parallel.overlap_param_gather and not parallel.use_distributed_optimizer:
+        raise ValueError(
+            "--overlap-param-gather: only --use-distributed-optimizer gathers weights; add it, or drop the flag"
+        )
+    for flag, given in (("--finetune", checkpoint.finetune), ("--no-load-optim", not checkpoint.load_optim)):
+        if given and checkpoint.load is None:
+            raise ValueError(f"{flag}: says what to take from --load, which is not given; name a run's folder there")
 
 
 def _check_ranges(config: Config) -> None:

@@ -44,8 +44,10 @@ class ModelConfig:
     teacher: Path | None = None
     # Attention kernels: torch's own, or the flash-attn package on a GPU.
     attention_backend: Literal["sdpa", "flash"] = "sdpa"
-    # Recompute every block's activations in the backward pass.
-    recompute_granularity: Literal["none", "full"] = "none"
+    # Fused kernels: Triton on a GPU, C++ on the CPU, plain torch as reference; auto takes what is there.
+    kernel_backend: Literal["auto", "triton", "native", "reference"] = "auto"
+    # Recompute activations in the backward pass: every block's (full), or all but the attentions' outputs (selective).
+    recompute_granularity: Literal["none", "full", "selective"] = "none"
 
 
 @dataclass(frozen=True)
@@ -140,12 +142,26 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How the data-parallel ranks talk."""
+    """How the work is split over ranks, and how they talk. What the sizes leave of the world is data parallel."""
 
+    # Ranks that share each linear layer and the heads of each attention.
+    tensor_model_parallel_size: int = 1
+    # Split the activations between the tensor-parallel layers over the same ranks.
+    sequence_parallel: bool = False
+    # Ranks that share each sequence.
+    context_parallel_size: int = 1
+    # ulysses trades tokens for heads by all-to-all, ring passes keys and values on; auto: ulysses where heads divide.
+    context_parallel_method: Literal["auto", "ulysses", "ring"] = "auto"
     # Communication library; auto takes nccl with CUDA and gloo without.
     distributed_backend: Literal["auto", "nccl", "gloo"] = "auto"
-    # Start the gradient all-reduce while the backward pass runs.
+    # Minutes after which a rank that waits for another gives up.
+    distributed_timeout_minutes: float = 10.0
+    # Split gradients, fp32 weights and moments of the trained networks over the data-parallel ranks.
+    use_distributed_optimizer: bool = False
+    # Start to reduce the gradients while the backward pass runs.
     overlap_grad_reduce: bool = False
+    # With --use-distributed-optimizer: gather a network's new weights while others run, until its next pass.
+    overlap_param_gather: bool = False
 
 
 @dataclass(frozen=True)
@@ -172,8 +188,16 @@ class CheckpointConfig:
 
     # The run's folder; checkpoints go to its checkpoints/.
     save: Path = Path("runs/pdmd")
-    # Run folder to continue; the run's own folder continues by itself.
+    # Run folder to continue; the run's own folder continues by itself, whatever the next two flags say.
     load: Path | None = None
+    # Take the optimizers' states from --load; without them, optimizers start anew from its weights.
+    load_optim: bool = True
+    # Take the weights alone from --load, and begin with iteration 0; its other options may then differ.
+    finetune: bool = False
+    # Format of checkpoints: torch.distributed.checkpoint's, which any layout of ranks reads.
+    ckpt_format: Literal["torch_dist"] = "torch_dist"
+    # Go on training while a checkpoint is written, from a copy in CPU memory.
+    async_save: bool = False
     # Iterations between checkpoints; 0 saves only at the end of each phase.
     save_interval: int = 100
     # Checkpoints kept, the newest ones; 0 keeps all.

@@ -7,6 +7,8 @@ import json
 import sys
 from dataclasses import dataclass
 
+import torch
+
 from megatron_pdmd.arguments import parse_arguments, to_yaml
 from megatron_pdmd.config import Config, EvaluationConfig
 from megatron_pdmd.conversion.pipeline_folder import PipelineFolder, read_pipeline
@@ -16,7 +18,10 @@ from megatron_pdmd.diffusion.phases import PhasePlan, deployment_boundary, noise
 from megatron_pdmd.errors import user_errors
 from megatron_pdmd.evaluation.clip_classifier import load_classifier
 from megatron_pdmd.evaluation.heldout_digits import load_heldout_digits
+from megatron_pdmd.models.wan import WanConfig, check_layout
+from megatron_pdmd.parallel.topology import check_sizes
 from megatron_pdmd.training.run_folder import check_run_folder
+from pdmd_kernels import available_backends
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,7 @@ def prepare(arguments: list[str]) -> Plan:
                 f"--prompts {data.prompts}: is text, and {source.path} has no text encoder; "
                 "encode it with tools/encode_prompts.py"
             )
+    _check_kernel_backend(config.model.kernel_backend)
     _check_task_folder(config.evaluation)
     if config.evaluation.task == "moving_digits":
         load_classifier(config.evaluation.task_folder / "classifier.safetensors")
@@ -70,19 +76,29 @@ def _latent_shape(config: Config, source: PipelineFolder) -> tuple[int, ...]:
     """[C, F, H, W] of a sample.
 
     Raises:
-        ValueError: a side that the teacher's patches do not divide.
+        ValueError: a side that the teacher's patches do not divide, or ranks that its heads do not divide over.
     """
     path = source.path / next(iter(source.experts.values())) / "config.json"
-    model = json.loads(path.read_text(encoding="utf-8"))
     try:
-        channels, patch_size = model["out_channels"], model["patch_size"]
-    except KeyError as missing:
-        raise ValueError(f"{path}: has no {missing}; name a Hugging Face pipeline folder of a Wan model") from None
+        model = WanConfig.from_hf(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    ranks = config.parallel
+    tensor, context = ranks.tensor_model_parallel_size, ranks.context_parallel_size
+    check_sizes(tensor, 1, context, ranks.sequence_parallel)
+    check_layout(model, tensor, context, ranks.context_parallel_method)
     sides = (config.data.frames, config.data.height, config.data.width)
-    for flag, side, patch in zip(("--frames", "--height", "--width"), sides, patch_size, strict=True):
+    for flag, side, patch in zip(("--frames", "--height", "--width"), sides, model.patch_size, strict=True):
         if side % patch:
             raise ValueError(f"{flag} {side}: the teacher's patches are {patch} wide; give a multiple of it")
-    return (channels, *sides)
+    return (model.out_channels, *sides)
+
+
+def _check_kernel_backend(name: str) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    there = ("auto", *available_backends(device))
+    if name not in there:
+        raise ValueError(f"--kernel-backend {name}: not there for {device} tensors; choose {' or '.join(there)}")
 
 
 def _check_task_folder(evaluation: EvaluationConfig) -> None:

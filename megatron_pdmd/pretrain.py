@@ -9,18 +9,20 @@ import sys
 
 import torch
 
-from megatron_pdmd.config import Config
+from megatron_pdmd.config import Config, ParallelConfig
 from megatron_pdmd.data.prompts import load_prompts
 from megatron_pdmd.errors import NoSpaceError, user_errors
 from megatron_pdmd.models import from_hf
+from megatron_pdmd.parallel.agreement import together
 from megatron_pdmd.parallel.topology import Topology, destroy_topology, initialize_topology
 from megatron_pdmd.preflight import Plan, prepare
-from megatron_pdmd.training.checkpointing import Checkpoint, latest_checkpoint
+from megatron_pdmd.training.checkpointing import CheckpointError, latest_checkpoint
 from megatron_pdmd.training.networks import Networks
 from megatron_pdmd.training.outcome import evaluate_moving_digits, export_run, phase_summaries, write_summary
 from megatron_pdmd.training.phase import check_batch
 from megatron_pdmd.training.run_folder import claim_run_folder, cut_metrics
-from megatron_pdmd.training.trainer import Trainer
+from megatron_pdmd.training.trainer import Start, Trainer
+from pdmd_kernels import use_backend
 
 STOPPED_ON_REQUEST = 3
 
@@ -33,18 +35,23 @@ def main(arguments: list[str] | None = None) -> int:
     """
     with user_errors():
         plan = prepare(sys.argv[1:] if arguments is None else arguments)
-        backend = plan.config.parallel.distributed_backend
-        topology = initialize_topology(backend=None if backend == "auto" else backend)
+    with use_backend(plan.config.model.kernel_backend):
+        return run(plan)
+
+
+def run(plan: Plan) -> int:
+    """Trains, exports and measures what was prepared; returns the rank's exit code."""
+    with user_errors():
+        topology = start_topology(plan.config.parallel)
         check_batch(plan.config, topology.data)
-        checkpoint = find_checkpoint(plan.config)
-        networks, trainer = build(plan, topology)
-        trainer.restore(checkpoint)
+        with together():
+            start = find_start(plan.config)
+            networks, trainer = build(plan, topology)
+        trainer.restore(start)
         if topology.rank == 0:
             claim_run_folder(plan.config)
-            cut_metrics(
-                plan.config.checkpoint.save / "metrics.jsonl", checkpoint.progress.iteration if checkpoint else 0
-            )
-    with user_errors(NoSpaceError):
+            cut_metrics(plan.config.checkpoint.save / "metrics.jsonl", trainer.progress.iteration)
+    with user_errors(NoSpaceError), user_errors(CheckpointError):
         reason = trainer.run()
         if trainer.finished:
             reason = None
@@ -55,19 +62,37 @@ def main(arguments: list[str] | None = None) -> int:
     return STOPPED_ON_REQUEST if reason else 0
 
 
-def find_checkpoint(config: Config) -> Checkpoint | None:
+def start_topology(options: ParallelConfig) -> Topology:
+    """The process groups of this run.
+
+    Raises:
+        ValueError: the layout does not fit the world, or the backend cannot work here.
+    """
+    return initialize_topology(
+        tensor=options.tensor_model_parallel_size,
+        context=options.context_parallel_size,
+        sequence_parallel=options.sequence_parallel,
+        backend=None if options.distributed_backend == "auto" else options.distributed_backend,
+        timeout_minutes=options.distributed_timeout_minutes,
+    )
+
+
+def find_start(config: Config) -> Start | None:
     """Where to go on from: the run's own last checkpoint, else that of `--load`.
 
     Raises:
         ValueError: the checkpoint is damaged, or `--load` names a run without one.
     """
-    own = latest_checkpoint(config.checkpoint.save / "checkpoints")
-    if own or config.checkpoint.load is None:
-        return own
-    loaded = latest_checkpoint(config.checkpoint.load / "checkpoints")
+    options = config.checkpoint
+    own = latest_checkpoint(options.save / "checkpoints")
+    if own:
+        return Start(own)
+    if options.load is None:
+        return None
+    loaded = latest_checkpoint(options.load / "checkpoints")
     if loaded is None:
-        raise ValueError(f"--load {config.checkpoint.load}: has no checkpoint yet")
-    return loaded
+        raise ValueError(f"--load {options.load}: has no checkpoint yet")
+    return Start(loaded, optimizers=options.load_optim, finetune=options.finetune)
 
 
 def build(plan: Plan, topology: Topology) -> tuple[Networks, Trainer]:
@@ -81,6 +106,7 @@ def build(plan: Plan, topology: Topology) -> tuple[Networks, Trainer]:
     recompute = config.model.recompute_granularity
     options = {
         "attention_backend_name": config.model.attention_backend,
+        "context_parallel_method": config.parallel.context_parallel_method,
         "recompute_granularity": None if recompute == "none" else recompute,
     }
     teacher = {
@@ -95,9 +121,10 @@ def build(plan: Plan, topology: Topology) -> tuple[Networks, Trainer]:
 def finish(plan: Plan, topology: Topology, networks: Networks, trainer: Trainer) -> None:
     """Exports the experts, measures the task, and writes summary.json."""
     config = plan.config
-    if config.checkpoint.export and topology.rank == 0:
-        export_run(config, plan.source, plan.phases, networks, config.checkpoint.save / "hf")
-        print(f"exported to {config.checkpoint.save / 'hf'}")
+    if config.checkpoint.export:
+        export_run(config, plan.source, plan.phases, networks, config.checkpoint.save / "hf", rank=topology.rank)
+        if topology.rank == 0:
+            print(f"exported to {config.checkpoint.save / 'hf'}")
     summary = {
         "train_seconds": trainer.progress.train_seconds,
         "world_size": topology.world_size,

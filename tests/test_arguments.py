@@ -189,6 +189,10 @@ def test_a_bad_value_is_refused_by_its_flag(arguments, words):
         (["--sample-interval", "-5"], "--sample-interval -5"),
         (["--seed", "-1"], "--seed -1"),
         (["--task", "moving_digits"], "--task moving_digits: --task-folder"),
+        (["--overlap-param-gather"], "--overlap-param-gather: only --use-distributed-optimizer gathers weights"),
+        (["--finetune"], "--finetune: says what to take from --load, which is not given"),
+        (["--no-load-optim"], "--no-load-optim: says what to take from --load, which is not given"),
+        (["--distributed-timeout-minutes", "0"], "--distributed-timeout-minutes 0.0: must be greater than 0"),
     ],
 )
 def test_what_cannot_work_is_refused_by_its_flag(arguments, words):

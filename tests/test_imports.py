@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "distillation": {"config", "pdmd_kernels", "diffusion", "parallel"},
     "models": {"config", "pdmd_kernels", "parallel"},
 }
-STANDING_ABOVE = {"data", "conversion", "evaluation"}
+STANDING_ABOVE = {"data", "conversion", "evaluation", "planning"}
 BELOW = {*GROUND, "diffusion", "distillation", "models", "parallel"}
 MAY_IMPORT |= {name: BELOW | STANDING_ABOVE for name in STANDING_ABOVE}
 MAY_IMPORT["arguments"] = {"config", "errors"}
@@ -31,6 +31,10 @@ ONE_FILE_EACH = {
     "flash_attn": {"megatron_pdmd/models/layers/flash_attention.py"},
     "transformers": {"megatron_pdmd/data/text_encoder.py"},
 }
+
+
+# The one unpickler, of the index of a checkpoint: it knows the index's classes alone.
+UNPICKLERS = {"megatron_pdmd/training/torch_dist.py": {"pickle.Unpickler", "pickle.UnpicklingError"}}
 
 
 def sources() -> list[Path]:
@@ -80,6 +84,6 @@ def test_optional_packages_are_imported_in_one_file(package: str) -> None:
 def test_nothing_is_unpickled() -> None:
     for path in [*sources(), *ROOT.glob("tools/*.py"), *ROOT.glob("examples/**/*.py")]:
         names = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
-        modules = {module.split(".")[0] for module in imported_modules(path)}
-        assert not modules & {"pickle", "dill", "cloudpickle", "joblib"}, path
+        pickles = {m for m in imported_modules(path) if m.split(".")[0] in ("pickle", "dill", "cloudpickle", "joblib")}
+        assert pickles <= UNPICKLERS.get(str(path.relative_to(ROOT)), set()), path
         assert "load" not in names or "torch.load" not in path.read_text(encoding="utf-8"), path

@@ -16,6 +16,7 @@ from megatron_pdmd import preflight
 from megatron_pdmd.data.prompts import PromptEmbeddings
 
 ROOT = Path(__file__).parents[1]
+MODEL = {"in_channels": 1, "out_channels": 1, "num_attention_heads": 4, "ffn_dim": 8, "num_layers": 1}
 
 
 def write_component(folder: Path, name: str, stem: str, config: dict) -> None:
@@ -30,7 +31,7 @@ def teacher(tmp_path: Path) -> Path:
     folder = tmp_path / "teacher"
     folder.mkdir()
     for name in ("transformer", "transformer_2"):
-        write_component(folder, name, "diffusion_pytorch_model", {"patch_size": [1, 2, 2], "out_channels": 1})
+        write_component(folder, name, "diffusion_pytorch_model", MODEL)
     write_component(folder, "text_encoder", "model", {"model_type": "umt5"})
     (folder / "tokenizer").mkdir()
     index = {
@@ -105,6 +106,20 @@ def test_bad_flags_and_keys(refusal, tmp_path):
         (["--noise-interval", "fixed", "--fixed-timestep", "0.5"], "--fixed-timestep is 0.5"),
         (["--phase-steps", "2,1,1"], "give --phase-steps one or two numbers to export there"),
         (["--height", "5"], "--height 5: the teacher's patches are 2 wide; give a multiple of it"),
+        (["--tensor-model-parallel-size", "3"], "--tensor-model-parallel-size 3 does not divide the model's 4 heads"),
+        (["--tensor-model-parallel-size", "0"], "--tensor-model-parallel-size is 0; it must be at least 1"),
+        (["--sequence-parallel"], "--tensor-model-parallel-size is 1; raise it or drop --sequence-parallel"),
+        (
+            [
+                "--tensor-model-parallel-size",
+                "2",
+                "--context-parallel-size",
+                "4",
+                "--context-parallel-method",
+                "ulysses",
+            ],
+            "use a context size of 1 or 2, or ring",
+        ),
         (["--task", "moving_digits", "--task-folder", "nowhere"], "--task-folder nowhere: has no classifier"),
     ],
 )
@@ -124,7 +139,7 @@ def test_folders_that_are_no_whole_pipeline(refusal, teacher):
     weights.write_bytes(whole)
     config = teacher / "transformer" / "config.json"
     config.write_text("{}")
-    assert f"{config}: has no 'out_channels'" in refusal()
+    assert f"{config}: config: missing entries num_attention_heads" in refusal()
     (teacher / "model_index.json").unlink()
     assert f"{teacher}: no model_index.json in it" in refusal()
     assert "nowhere: no such folder" in refusal("--teacher", "nowhere")

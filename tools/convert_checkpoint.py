@@ -96,7 +96,7 @@ def load_run(folder: Path) -> Run:
     schedule = FlowMatchingSchedule(method.timestep_shift)
     plan = PhasePlan.build(method.num_steps, method.phase_steps, schedule, source.boundary_ratio)
     for phase in plan.phases:
-        if _state_file(phase) not in checkpoint.files:
+        if _state(phase) not in checkpoint.states:
             raise ValueError(
                 f"--load {folder}: phase {phase.index} has not begun by its last checkpoint; train it first"
             )
@@ -106,7 +106,7 @@ def load_run(folder: Path) -> Run:
     networks = Networks(teacher, method, config.training.seed)
     for phase in plan.phases:
         networks.add_expert(phase.index, phase.expert)
-        networks.load_expert_state(phase.index, checkpoint.tensors(_state_file(phase)))
+        checkpoint.read(_state(phase), networks.expert_state(phase.index))
     return Run(config, source, schedule, plan, networks, dtype)
 
 
@@ -164,7 +164,7 @@ def compare(run: Run, folder: Path, loras: list[ExpertLora]) -> float:
     )
 
 
-def _state_file(phase: Phase) -> str:
+def _state(phase: Phase) -> str:
     return f"generator_phase_{phase.index}"
 
 

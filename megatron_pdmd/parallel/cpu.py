@@ -14,7 +14,11 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-_CUDA_TYPE_NAMES = {f"torch.{kind}Tensor": f"torch.cuda.{kind}Tensor" for kind in ("Float", "Half", "BFloat16")}
+_CUDA_TYPE_NAMES = {
+    f"torch.{device}{kind}Tensor": f"torch.cuda.{kind}Tensor"
+    for device in ("", "meta.")
+    for kind in ("Float", "Half", "BFloat16")
+}
 
 
 @contextmanager

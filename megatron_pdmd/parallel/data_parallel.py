@@ -19,7 +19,12 @@ if TYPE_CHECKING:
 
 
 def data_parallel(
-    module: torch.nn.Module, *, bf16: bool = False, overlap_grad_reduce: bool = False
+    module: torch.nn.Module,
+    *,
+    bf16: bool = False,
+    overlap_grad_reduce: bool = False,
+    use_distributed_optimizer: bool = False,
+    overlap_param_gather: bool = False,
 ) -> "DistributedDataParallel":
     """Wrap what is trainable in `module` for data parallelism in the current topology.
 
@@ -35,6 +40,10 @@ def data_parallel(
         bf16: accumulate and reduce the gradients in fp32 although the parameters are bf16.
         overlap_grad_reduce: reduce each bucket as soon as its last gradient is there. Every backward but the last of
             an update must then run in ``no_sync``, and every trainable parameter must take part in the last.
+        use_distributed_optimizer: each rank gets the reduced gradients of its share only, for an optimizer that updates
+            that share; the parameters move into one contiguous buffer, from which they are gathered.
+        overlap_param_gather: with that, an optimizer's step only starts to gather its result, and the next call of
+            `module` waits for it; so does ``finish_param_gather``, for who reads the parameters before.
 
     Raises:
         ValueError: nothing in `module` is trainable, or a parameter belongs to another wrapper that was not released.
@@ -61,11 +70,26 @@ def data_parallel(
         hidden_size=topology.tensor,
         num_attention_heads=topology.tensor,
         tensor_model_parallel_size=topology.tensor,
-        sequence_parallel=topology.sequence_parallel,
+        # Not whether activations are split: it lets the ranks sum the gradients of parameters that are marked.
+        sequence_parallel=topology.tensor > 1,
     )
-    ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=bf16, overlap_grad_reduce=overlap_grad_reduce)
+    assert use_distributed_optimizer or not overlap_param_gather, "there is nothing to gather"
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=bf16,
+        overlap_grad_reduce=overlap_grad_reduce,
+        use_distributed_optimizer=use_distributed_optimizer,
+        overlap_param_gather=overlap_param_gather,
+    )
     with without_cuda():
-        return DistributedDataParallel(config, ddp_config, module)
+        ddp = DistributedDataParallel(config, ddp_config, module)
+    if overlap_param_gather:
+        # megatron-core waits module by module, but never for adapters, whose container is not called. Between a role's
+        # step and its next pass there are passes of other roles: one wait there hides as much.
+        ddp.disable_forward_pre_hook(param_sync=False)
+        ddp.remove_forward_pre_hook_handles[module] = module.register_forward_pre_hook(
+            lambda *unused: finish_param_gather([ddp])
+        )
+    return ddp
 
 
 @contextmanager
@@ -88,13 +112,35 @@ def finish_gradient_sync(ddp_modules: Sequence["DistributedDataParallel"]) -> No
         finalize_model_grads([ddp])
 
 
-def release_data_parallel(ddp: "DistributedDataParallel") -> None:
-    """Undo ``data_parallel``: free the gradient buffers and unhook the parameters, for another wrapper to take them.
+def start_param_gather(ddp_modules: Sequence["DistributedDataParallel"]) -> None:
+    """Start to gather what an optimizer's step changed, where ``overlap_param_gather`` left that to be done."""
+    for ddp in ddp_modules:
+        if ddp.ddp_config.overlap_param_gather:
+            ddp.start_param_sync()
 
-    No autograd graph through the parameters may be alive. The wrapper is of no use afterwards.
+
+def finish_param_gather(ddp_modules: Sequence["DistributedDataParallel"]) -> None:
+    """Wait until every rank has the parameters of the last step; at once where nothing is on its way."""
+    for ddp in ddp_modules:
+        for group in ddp.bucket_groups:
+            if group.param_gather_handle is not None:
+                group.param_gather_handle.wait()
+                group.param_gather_handle = None
+
+
+def release_data_parallel(ddp: "DistributedDataParallel") -> None:
+    """Undo ``data_parallel``: free the gradient buffers, main weights and hooks, for another wrapper to take the
+    parameters, which keep their memory.
+
+    No autograd graph through the parameters may be alive. The wrapper and its optimizer are of no use afterwards.
     """
+    finish_param_gather([ddp])
+    for handle in ddp.remove_forward_pre_hook_handles.values():
+        handle.remove()
+    ddp.remove_forward_pre_hook_handles.clear()
     for parameter in ddp.params_with_grad:
-        del parameter.main_grad
         parameter.grad = None
+        for name in ("main_grad", "main_param", "main_param_sharded", "grad_added_to_main_grad"):
+            parameter.__dict__.pop(name, None)
     for held in (ddp.params_with_grad, ddp.buffers, ddp.bucket_groups, ddp.grad_accs, ddp.param_to_bucket_group):
         held.clear()

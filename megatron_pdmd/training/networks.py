@@ -9,6 +9,7 @@ from megatron_pdmd.config import MethodConfig
 from megatron_pdmd.distillation.roles import Generator, Roles
 from megatron_pdmd.models import lora
 from megatron_pdmd.models.wan.model import WanModel
+from megatron_pdmd.training.sharded_state import Shard, parameter_shard, with_prefix
 
 
 class Networks:
@@ -87,26 +88,12 @@ class Networks:
         """What a phase hands on: the moving average where one is kept, else the trained expert."""
         return self._averages.get(phase, self._experts[phase])
 
-    def expert_state(self, phase: int) -> dict[str, torch.Tensor]:
-        """The phase's expert and its moving average, for a checkpoint."""
-        kept = {"expert": self._experts[phase]} | (
-            {"average": self._averages[phase]} if phase in self._averages else {}
-        )
-        return {f"{kind}.{name}": tensor for kind, one in kept.items() for name, tensor in self._state(one).items()}
-
-    def load_expert_state(self, phase: int, state: Mapping[str, torch.Tensor]) -> None:
-        """Restores what `expert_state` gave.
-
-        Raises:
-            ValueError: the state is of another expert; nothing was copied.
-        """
-        live = self.expert_state(phase)
-        check_state(live, state, f"the generator of phase {phase}")
-        for kind, owner in (("expert", self._experts), ("average", self._averages)):
-            if phase in owner:
-                prefix = f"{kind}."
-                part = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
-                self._load(owner[phase], part)
+    def expert_state(self, phase: int) -> dict[str, Shard]:
+        """The phase's expert and its moving average, for a checkpoint to write, or to read into."""
+        state = with_prefix("expert", self._state(self._experts[phase]))
+        if phase in self._averages:
+            state |= with_prefix("average", self._state(self._averages[phase]))
+        return state
 
     def _new_expert(self, name: str, expert: str) -> Generator:
         if self._method.generator == "full":
@@ -131,50 +118,17 @@ class Networks:
         return lora.adapter_parameters(generator.model, generator.adapter)
 
     @staticmethod
-    def _state(generator: Generator) -> dict[str, torch.Tensor]:
+    def _state(generator: Generator) -> dict[str, Shard]:
         if generator.adapter is None:
             return network_state(generator.model)
-        return lora.adapter_state_dict(generator.model, generator.adapter)
-
-    @staticmethod
-    def _load(generator: Generator, state: Mapping[str, torch.Tensor]) -> None:
-        if generator.adapter is None:
-            load_network_state(generator.model, state, "the generator")
-        else:
-            lora.load_adapter_state_dict(generator.model, generator.adapter, state)
+        named = lora.named_adapter_parameters(generator.model, generator.adapter)
+        return {name: parameter_shard(name, parameter) for name, parameter in named}
 
     @torch.no_grad()
     def _copy_expert(self, source: Generator, target: Generator) -> None:
         torch._foreach_copy_(self._parameters(target), self._parameters(source))
 
 
-def network_state(model: WanModel) -> dict[str, torch.Tensor]:
-    """The network's own weights by name, without adapters."""
-    return {name: parameter.detach() for name, parameter in lora.base_parameters(model)}
-
-
-def load_network_state(model: WanModel, state: Mapping[str, torch.Tensor], what: str) -> None:
-    """Restores what `network_state` gave.
-
-    Raises:
-        ValueError: the state does not fit the network.
-    """
-    live = network_state(model)
-    check_state(live, state, what)
-    for name, tensor in live.items():
-        tensor.copy_(state[name])
-
-
-def check_state(live: Mapping[str, torch.Tensor], saved: Mapping[str, torch.Tensor], what: str) -> None:
-    """Refuses saved tensors that do not fit the live ones.
-
-    Raises:
-        ValueError: a name or a shape differs.
-    """
-    if live.keys() != saved.keys():
-        name = sorted(live.keys() ^ saved.keys())[0]
-        raise ValueError(f"checkpoint of {what}: '{name}' is on one side only; it was saved by another configuration")
-    for name, tensor in live.items():
-        if tensor.shape != saved[name].shape:
-            shapes = f"{list(saved[name].shape)} saved, {list(tensor.shape)} needed"
-            raise ValueError(f"checkpoint of {what}: '{name}' differs in shape ({shapes})")
+def network_state(model: WanModel) -> dict[str, Shard]:
+    """The network's own weights by name, without adapters, for a checkpoint to write, or to read into."""
+    return {name: parameter_shard(name, parameter) for name, parameter in lora.base_parameters(model)}

@@ -5,82 +5,20 @@ the two, every rank can decide to skip an update whose norm is not finite. Each 
 of them coexist.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
-from megatron_pdmd.parallel import finish_gradient_sync, without_cuda
+from megatron_pdmd.parallel import finish_gradient_sync, finish_param_gather, start_param_gather, without_cuda
+from megatron_pdmd.training.adamw import FusedAdamW, moment_names
+from megatron_pdmd.training.sharded_state import Shard, empty_shard, parameter_shard
 
 if TYPE_CHECKING:
     from megatron.core.distributed import DistributedDataParallel
     from megatron.core.optimizer import MegatronOptimizer
-
-
-class FusedAdamW(torch.optim.Optimizer):
-    """AdamW with the interface that megatron-core expects of Transformer Engine's and apex's FusedAdam, on any device.
-
-    ``step`` is kept once per parameter group, and one fused kernel updates all tensors of a group. With beta_1 = 0
-    the first moment is the gradient itself, so none is kept: the state of a parameter is ``exp_avg_sq`` alone. The
-    result is that of ``torch.optim.AdamW(fused=True)`` to the bit, beta_1 = 0 or not.
-
-    Args:
-        params: parameters or parameter groups; gradients have the dtype and device of their parameters.
-        lr, betas, eps, weight_decay: as in ``torch.optim.AdamW``.
-        adam_w_mode: must be true; accepted because megatron-core passes it.
-    """
-
-    def __init__(
-        self,
-        params: Any,
-        *,
-        lr: float,
-        betas: tuple[float, float],
-        eps: float,
-        weight_decay: float,
-        adam_w_mode: bool = True,
-    ) -> None:
-        assert adam_w_mode, "only decoupled weight decay is implemented"
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        """Update every parameter that has a gradient."""
-        assert closure is None, "the loss is never evaluated again"
-        for group in self.param_groups:
-            group["step"] = group.get("step", 0) + 1
-            params = [p for p in group["params"] if p.grad is not None]
-            if params:
-                self._update(params, group)
-
-    def _update(self, params: list[torch.Tensor], group: dict[str, Any]) -> None:
-        beta1, beta2 = group["betas"]
-        for p in params:
-            if not self.state[p]:
-                names = ("exp_avg_sq",) if beta1 == 0 else ("exp_avg", "exp_avg_sq")
-                self.state[p] = {name: torch.zeros_like(p) for name in names}
-        grads = [p.grad for p in params]
-        # The kernel computes m <- g + beta_1 (m - g) element by element. With beta_1 = 0 and m the gradient's own
-        # memory, that leaves the gradient as it was.
-        first_moments = grads if beta1 == 0 else [self.state[p]["exp_avg"] for p in params]
-        step = torch.full((), float(group["step"]), dtype=torch.float32, device=params[0].device)
-        torch._fused_adamw_(
-            params,
-            grads,
-            first_moments,
-            [self.state[p]["exp_avg_sq"] for p in params],
-            [],
-            [step] * len(params),
-            lr=group["lr"],
-            beta1=beta1,
-            beta2=beta2,
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            amsgrad=False,
-            maximize=False,
-        )
 
 
 class RoleOptimizer:
@@ -98,13 +36,13 @@ class RoleOptimizer:
         self._clip_grad = clip_grad
         self._named_params = dict(_named_trainable(self._modules))
         self._device = next(iter(self._named_params.values())).device
+        self._step_count = 0
+        self._main_shards = optimizer.main_shards() if ddp_modules[0].ddp_config.use_distributed_optimizer else None
 
     @property
     def step_count(self) -> int:
         """Updates made so far; skipped ones are not among them."""
-        counts = {int(group.get("step", 0)) for group in self._optimizer.param_groups if group["params"]}
-        assert len(counts) == 1, f"parameter groups disagree about the step: {counts}"
-        return counts.pop()
+        return self._step_count
 
     def zero_grad(self) -> None:
         """Forget all gradients; to be called before the first backward of an update."""
@@ -135,12 +73,20 @@ class RoleOptimizer:
     def step(self, gradient_norm: torch.Tensor) -> None:
         """Scale the gradients by min(1, clip_grad / norm) and update the weights.
 
+        With ``overlap_param_gather`` the other ranks' shares are still on their way; see ``finish_param_gather``.
+
         Args:
             gradient_norm: what ``gradient_norm()`` returned for this update. It is never read on the host.
         """
         if self._clip_grad > 0:
             torch.nn.utils.clip_grads_with_norm_(self._optimizer.get_parameters(), self._clip_grad, gradient_norm)
         self._optimizer.step_with_ready_grads()
+        start_param_gather(self._modules)
+        self._step_count += 1
+
+    def finish_param_gather(self) -> None:
+        """Wait until this rank has the weights that the others updated; for who reads them without a forward pass."""
+        finish_param_gather(self._modules)
 
     def set_lr(self, lr: float) -> None:
         """Use this learning rate from the next step on."""
@@ -151,66 +97,48 @@ class RoleOptimizer:
         """Copy the model's weights into the fp32 master weights, after the weights were changed from outside."""
         self._optimizer.reload_model_params()
 
-    def named_state(self) -> dict[str, torch.Tensor]:
-        """Return everything a bit-exact resume needs besides the model's own weights, as this rank holds it.
+    def sharded_state(self) -> dict[str, Shard]:
+        """What a bit-exact resume needs besides the model's own weights and ``step_count``, as this rank holds it.
 
-        ``step`` is the number of updates made; for each trainable parameter there are ``<name>.exp_avg_sq``,
-        ``<name>.exp_avg`` unless beta_1 is 0, and ``<name>.master`` (fp32) if the parameter is bf16. With several
-        wrapped modules the names start with the module's position, "0." and so on. Before the first step there are no
-        moments. The tensors are the live ones: the next step changes them.
+        For each trainable parameter there are ``<name>.exp_avg_sq``, ``<name>.exp_avg`` unless beta_1 is 0, and
+        ``<name>.master`` (fp32) if the parameter is bf16. With several wrapped modules the names start with the
+        module's position, "0." and so on. Before the first step there are no moments. The tensors are the live ones:
+        the next step changes them, and loading into them restores the state.
         """
-        state = {"step": torch.tensor(self.step_count)}
+        state = {}
         for name, parameter in self._named_params.items():
-            main = self._main(parameter)
-            if main is not parameter:
-                state[f"{name}.master"] = main.detach()
-            for key, tensor in self._optimizer.state.get(main, {}).items():
-                state[f"{name}.{key}"] = tensor
+            if parameter.dtype != torch.float32:
+                state[f"{name}.master"] = self._shard(f"{name}.master", parameter)
+            for key in self._moment_names() if self._step_count else ():
+                state[f"{name}.{key}"] = self._shard(f"{name}.{key}", parameter, key)
         return state
 
-    @torch.no_grad()
-    def load_named_state(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Take over what ``named_state`` returned, here or in an earlier run with the same layout. The tensors are
-        copied.
+    def prepare_to_load(self, step_count: int) -> None:
+        """Make room for the state of an optimizer that has made so many updates; ``sharded_state`` then names it all.
 
         The learning rate is not part of it, nor are the model's weights.
-
-        Raises:
-            ValueError: the names or shapes are not those of this optimizer; nothing was changed then.
         """
-        step = int(state["step"]) if "step" in state else 0
-        expected = self._expected_shapes(with_moments=step > 0)
-        _check_state({name: tensor.shape for name, tensor in state.items()}, expected)
+        self._step_count = step_count
         for group in self._optimizer.param_groups:
-            group["step"] = step
-        for name, parameter in self._named_params.items():
-            main = self._main(parameter)
-            if main is not parameter:
-                main.copy_(state[f"{name}.master"])
-            self._optimizer.state.pop(main, None)
-            if step:
-                self._optimizer.state[main] = {
-                    key: state[f"{name}.{key}"].to(device=main.device, dtype=main.dtype, copy=True)
-                    for key in self._moment_names()
-                }
-
-    def _expected_shapes(self, *, with_moments: bool) -> dict[str, torch.Size]:
-        shapes = {"step": torch.Size()}
-        for name, parameter in self._named_params.items():
-            keys = list(self._moment_names()) if with_moments else []
-            if self._main(parameter) is not parameter:
-                keys.append("master")
-            shapes |= {f"{name}.{key}": parameter.shape for key in keys}
-        return shapes
+            group["step"] = step_count
+            for main in group["params"]:
+                self._optimizer.state.pop(main, None)
+                if step_count:
+                    self._optimizer.state[main] = {key: torch.zeros_like(main) for key in self._moment_names()}
 
     def _moment_names(self) -> tuple[str, ...]:
-        beta1 = self._optimizer.param_groups[0]["betas"][0]
-        return ("exp_avg_sq",) if beta1 == 0 else ("exp_avg", "exp_avg_sq")
+        return moment_names(self._optimizer.config.adam_beta1)
 
-    def _main(self, parameter: torch.nn.Parameter) -> torch.Tensor:
-        """Return the fp32 tensor that the optimizer updates for this parameter: its master copy or the parameter
-        itself."""
-        return parameter if parameter.dtype == torch.float32 else parameter.main_param
+    def _shard(self, name: str, parameter: torch.nn.Parameter, moment: str | None = None) -> Shard:
+        """A moment of a parameter, or its main weights."""
+        if self._main_shards is None:
+            main, start = parameter if parameter.dtype == torch.float32 else parameter.main_param, None
+        elif parameter in self._main_shards:
+            main, where = self._main_shards[parameter]
+            start = where.start
+        else:
+            return empty_shard(parameter, torch.float32)
+        return parameter_shard(name, parameter, self._optimizer.state[main][moment] if moment else main, start=start)
 
 
 def build_optimizer(
@@ -240,6 +168,7 @@ def build_optimizer(
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
     beta1, beta2 = map(float, betas)
+    distributed = ddp_modules[0].ddp_config.use_distributed_optimizer
     config = OptimizerConfig(
         optimizer="adam",
         lr=lr,
@@ -250,6 +179,8 @@ def build_optimizer(
         clip_grad=clip_grad,
         bf16=bf16,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        use_distributed_optimizer=distributed,
+        overlap_param_gather=ddp_modules[0].ddp_config.overlap_param_gather,
     )
     names = [name for name, _ in _named_trainable(ddp_modules)]
     distinct = {id(p) for _, p in _named_trainable(ddp_modules)}
@@ -257,7 +188,8 @@ def build_optimizer(
     for name, parameter in _named_trainable(ddp_modules):
         if parameter.dtype not in ((torch.float32, torch.bfloat16) if bf16 else (torch.float32,)):
             raise ValueError(f"parameter {name} is {parameter.dtype}; train it in fp32, or in bf16 with --bf16")
-    with without_cuda(), _adam_class(beta1):
+    # Without gradients the fp32 shards of the distributed optimizer are leaves, whose `grad` can be set and read.
+    with torch.no_grad(), without_cuda(), _our_classes(beta1, distributed=distributed):
         chained = get_megatron_optimizer(config, list(ddp_modules), use_gloo_process_groups=False)
     (optimizer,) = chained.chained_optimizers
     for group in optimizer.param_groups:
@@ -275,34 +207,29 @@ def _named_trainable(ddp_modules: Sequence["DistributedDataParallel"]) -> Iterat
 
 
 @contextmanager
-def _adam_class(beta1: float) -> Iterator[None]:
-    """Let megatron-core build ``FusedAdamW``, unless it has a native FusedAdam and a first moment is wanted anyway."""
+def _our_classes(beta1: float, *, distributed: bool) -> Iterator[None]:
+    """Let megatron-core build ``FusedAdamW``, unless it has a native FusedAdam and a first moment is wanted anyway,
+    and in the distributed optimizer always."""
     from megatron.core import optimizer as megatron_optimizer
+    from megatron.core.optimizer import distrib_optimizer
+
+    from megatron_pdmd.training.distributed_adamw import DistributedAdamW
 
     has_native = torch.cuda.is_available() and not megatron_optimizer.USING_PYTORCH_OPTIMIZER
-    if has_native and beta1 > 0:
+    if has_native and beta1 > 0 and not distributed:
         yield
         return
-    before = megatron_optimizer.Adam, megatron_optimizer.USING_PYTORCH_OPTIMIZER
-    megatron_optimizer.Adam, megatron_optimizer.USING_PYTORCH_OPTIMIZER = FusedAdamW, False
+    replaced = (
+        (megatron_optimizer, "Adam", FusedAdamW),
+        (megatron_optimizer, "USING_PYTORCH_OPTIMIZER", False),
+        (megatron_optimizer, "DistributedOptimizer", DistributedAdamW),
+        (distrib_optimizer, "Adam", FusedAdamW),
+    )
+    before = [getattr(module, name) for module, name, _ in replaced]
+    for module, name, ours in replaced:
+        setattr(module, name, ours)
     try:
         yield
     finally:
-        megatron_optimizer.Adam, megatron_optimizer.USING_PYTORCH_OPTIMIZER = before
-
-
-def _check_state(found: Mapping[str, torch.Size], expected: Mapping[str, torch.Size]) -> None:
-    """Refuse optimizer state that belongs to another model or another set of options, in one line."""
-    missing = sorted(expected.keys() - found.keys())
-    unknown = sorted(found.keys() - expected.keys())
-    reshaped = sorted(name for name in expected.keys() & found.keys() if found[name] != expected[name])
-    problems = [
-        f"{len(names)} {what} (first: {names[0]})"
-        for names, what in ((missing, "missing"), (unknown, "unknown"), (reshaped, "of another shape"))
-        if names
-    ]
-    if problems:
-        raise ValueError(
-            f"the optimizer state does not fit this optimizer: {', '.join(problems)}; "
-            "resume with the options it was saved with, or use --no-load-optim"
-        )
+        for (module, name, _), theirs in zip(replaced, before, strict=True):
+            setattr(module, name, theirs)

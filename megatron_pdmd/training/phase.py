@@ -12,8 +12,10 @@ from megatron_pdmd.distillation.randomness import Counter, Purpose
 from megatron_pdmd.distillation.step import GENERATOR_UPDATE, Iteration, MicroBatch, Program, walk
 from megatron_pdmd.parallel.data_parallel import data_parallel, no_sync, release_data_parallel
 from megatron_pdmd.parallel.topology import Topology
-from megatron_pdmd.training.networks import Networks, load_network_state, network_state
+from megatron_pdmd.training.checkpointing import Checkpoint
+from megatron_pdmd.training.networks import Networks, network_state
 from megatron_pdmd.training.optimizer import RoleOptimizer, build_optimizer
+from megatron_pdmd.training.sharded_state import Shard
 
 Metrics = dict[str, float]
 
@@ -24,8 +26,14 @@ class TrainedNetwork:
     def __init__(self, module: torch.nn.Module, config: Config, lr: float):
         options = config.optimizer
         self.module = module
-        bf16 = config.training.bf16
-        self._parallel = data_parallel(module, bf16=bf16, overlap_grad_reduce=config.parallel.overlap_grad_reduce)
+        bf16, parallel = config.training.bf16, config.parallel
+        self._parallel = data_parallel(
+            module,
+            bf16=bf16,
+            overlap_grad_reduce=parallel.overlap_grad_reduce,
+            use_distributed_optimizer=parallel.use_distributed_optimizer,
+            overlap_param_gather=parallel.overlap_param_gather,
+        )
         self.optimizer: RoleOptimizer = build_optimizer(
             [self._parallel],
             lr=lr,
@@ -87,38 +95,52 @@ class PhaseTrainer:
         fake = {name: math.fsum(entry[name] for entry in logged) / updates for name in logged[0]}
         generator = self._update("generator", self._generator, self._iteration.generator_update, counter)
         if not generator["skipped_updates"]:
+            self._generator.optimizer.finish_param_gather()
             self._networks.update_average(self.index)
         skipped = sum(entry["skipped_updates"] for entry in logged) + generator["skipped_updates"]
         return fake | generator | {"skipped_updates": skipped}
 
-    def state(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Weights of the fake score and states of the optimizers, by file."""
-        states = {"generator_optimizer": self._generator.optimizer.named_state()}
-        for expert, network in self._distinct_fakes().items():
-            states[f"fake_score_{expert}"] = network_state(network.module)
-            states[f"fake_score_{expert}_optimizer"] = network.optimizer.named_state()
+    def state(self) -> dict[str, dict[str, Shard]]:
+        """Weights of the fake score and states of the optimizers, for a checkpoint to write, or to read into."""
+        states = {}
+        for name, network in self._trained().items():
+            network.optimizer.finish_param_gather()
+            states[f"{name}_optimizer"] = network.optimizer.sharded_state()
+            if network is not self._generator:
+                states[name] = network_state(network.module)
         return states
 
-    def load_state(self, read: Callable[[str], Mapping[str, torch.Tensor]]) -> None:
-        """Restores `state`; `read` gives the tensors of a file."""
-        for expert, network in self._distinct_fakes().items():
-            name = f"fake_score_{expert}"
-            load_network_state(network.module, read(name), name)
+    def optimizer_steps(self) -> dict[str, int]:
+        """Updates that each optimizer has made."""
+        return {name: network.optimizer.step_count for name, network in self._trained().items()}
+
+    def load_state(self, checkpoint: Checkpoint, *, optimizers: bool = True) -> None:
+        """Restores `state`; without `optimizers` these start anew from the loaded weights.
+
+        The generator's weights are to be loaded before.
+
+        Raises:
+            CheckpointError: the checkpoint does not fit, or is damaged.
+        """
+        for name, network in self._trained().items():
+            if network is not self._generator:
+                checkpoint.read(name, network_state(network.module))
             network.optimizer.reload_master_weights()
-            network.optimizer.load_named_state(read(f"{name}_optimizer"))
-        self._generator.optimizer.reload_master_weights()
-        self._generator.optimizer.load_named_state(read("generator_optimizer"))
+            if optimizers:
+                network.optimizer.prepare_to_load(checkpoint.manifest.optimizer_steps.get(name, 0))
+                checkpoint.read(f"{name}_optimizer", network.optimizer.sharded_state())
 
     def release(self) -> None:
         """Frees buffers and optimizer states at the phase's end."""
-        for network in (self._generator, *self._distinct_fakes().values()):
+        for network in self._trained().values():
             network.release()
 
-    def _distinct_fakes(self) -> dict[str, TrainedNetwork]:
-        found: dict[str, TrainedNetwork] = {}
+    def _trained(self) -> dict[str, TrainedNetwork]:
+        """What learns in this phase, by the names in a checkpoint; experts that share a network have the first's."""
+        found = {"generator": self._generator}
         for expert, network in self._fake_score.items():
             if network not in found.values():
-                found[expert] = network
+                found[f"fake_score_{expert}"] = network
         return found
 
     def _update(

@@ -11,18 +11,18 @@ from megatron_pdmd.config import Config
 # A resumed run may change these: they say how it is run, watched or prolonged, not what is computed.
 FREE_SECTIONS = frozenset({"parallel", "checkpoint", "logging", "evaluation"})
 FREE_FIELDS = frozenset(
-    {"attention_backend", "recompute_granularity", "phase", "train_iters", "micro_batch_size"}
+    {"attention_backend", "kernel_backend", "recompute_granularity", "phase", "train_iters", "micro_batch_size"}
     | {"exit_duration_in_mins", "exit_interval", "exit_signal_handler"}
 )
 
 
-def differing_fields(ours: Any, theirs: Any) -> list[str]:
+def differing_fields(ours: Any, theirs: Any, free_sections: frozenset[str] = FREE_SECTIONS) -> list[str]:
     """What two configurations compute differently, as `--flag ours, theirs in the run`."""
     found = []
     for field in fields(ours):
         one, other = getattr(ours, field.name), getattr(theirs, field.name)
         if is_dataclass(one):
-            found += [] if field.name in FREE_SECTIONS else differing_fields(one, other)
+            found += [] if field.name in free_sections else differing_fields(one, other)
         elif field.name not in FREE_FIELDS and one != other:
             found.append(f"--{field.name.replace('_', '-')} is {_shown(one)} here, {_shown(other)} there")
     return found
@@ -46,7 +46,10 @@ def check_run_folder(config: Config) -> None:
             continue
         recipe = folder / "config.yaml"
         if recipe.exists():
-            differences = differing_fields(config, load_recipe(recipe))
+            if flag == "--load" and config.checkpoint.finetune:
+                continue
+            free = FREE_SECTIONS if flag == "--save" or config.checkpoint.load_optim else FREE_SECTIONS | {"optimizer"}
+            differences = differing_fields(config, load_recipe(recipe), free)
             if differences:
                 mend = "choose another folder or the run's own options"
                 raise ValueError(f"{flag} {folder}: holds another run: {'; '.join(differences)}; {mend}")

@@ -4,7 +4,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from types import FrameType
 
 import torch
@@ -16,11 +16,19 @@ from megatron_pdmd.diffusion.phases import Phase, PhasePlan
 from megatron_pdmd.distillation.randomness import Counter
 from megatron_pdmd.distillation.step import Iteration
 from megatron_pdmd.parallel.topology import Topology
-from megatron_pdmd.training.checkpointing import Checkpoint, Progress, save_checkpoint
+from megatron_pdmd.training.checkpointing import (
+    Checkpoint,
+    CheckpointError,
+    CheckpointWriter,
+    Manifest,
+    Progress,
+    check_models,
+)
 from megatron_pdmd.training.metrics_log import MetricsLog
 from megatron_pdmd.training.networks import Networks
 from megatron_pdmd.training.phase import PhaseTrainer
 from megatron_pdmd.training.sampling import SAMPLING_PHASE, Sampler
+from megatron_pdmd.training.sharded_state import Shard
 from megatron_pdmd.training.sheets import SampleSheets
 
 
@@ -46,6 +54,21 @@ class StopRequest:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a launch takes up instead of beginning anew.
+
+    Attributes:
+        checkpoint: where from.
+        optimizers: their states too (not with `--no-load-optim`, nor with `finetune`).
+        finetune: the weights alone, to begin with iteration 0 of phase 1.
+    """
+
+    checkpoint: Checkpoint
+    optimizers: bool = True
+    finetune: bool = False
 
 
 class Trainer:
@@ -76,7 +99,7 @@ class Trainer:
         self._started = time.monotonic()
         self._done_here = 0
         self._clock = time.monotonic()
-        self._checkpoint: Checkpoint | None = None
+        self._start: Start | None = None
         self.progress = Progress()
 
     def phase_iterations(self, phase: int) -> int:
@@ -84,15 +107,22 @@ class Trainer:
         counts = self._config.training.train_iters
         return counts[0] if len(counts) == 1 else counts[phase - 1]
 
-    def restore(self, checkpoint: Checkpoint | None) -> None:
-        """Takes up a run where a checkpoint left it, or at its start.
+    def restore(self, start: Start | None) -> None:
+        """Takes up a run where a checkpoint left it, or at its start. Called on all ranks.
 
         Raises:
             ValueError: the checkpoint does not fit, or `--phase` asks for one whose predecessors are not trained.
         """
-        self._checkpoint = checkpoint
-        if checkpoint:
-            self.progress = checkpoint.progress
+        self._start = start
+        if start:
+            check_models(start.checkpoint, self._manifest().models)
+        if start and not start.finetune:
+            self.progress, saved = start.checkpoint.progress, start.checkpoint.manifest
+            if saved.seed != self._config.training.seed:
+                raise CheckpointError(
+                    f"--seed {self._config.training.seed}: {start.checkpoint.folder} was saved with --seed {saved.seed}"
+                    "; give that, or --finetune to take its weights alone"
+                )
         alone = self._config.method.phase
         if alone and alone > self.progress.phase + self._phase_is_done(self.progress.phase):
             raise ValueError(
@@ -101,7 +131,7 @@ class Trainer:
         for phase in self._plan.phases:
             if self._phase_is_done(phase.index):
                 self._networks.add_expert(phase.index, phase.expert)
-                self._networks.load_expert_state(phase.index, checkpoint.tensors(f"generator_phase_{phase.index}"))
+                self._load_expert(phase, start.checkpoint)
 
     def run(self) -> str | None:
         """Trains what is left of the run.
@@ -109,12 +139,15 @@ class Trainer:
         Returns:
             Why it was stopped on request after saving, or None when every asked phase is done.
         """
-        alone, checkpoint = self._config.method.phase, self._checkpoint
+        alone, options = self._config.method.phase, self._config.checkpoint
+        writer = CheckpointWriter(
+            options.save / "checkpoints", keep_last=options.keep_last, asynchronous=options.async_save
+        )
         total = sum(self.phase_iterations(phase.index) for phase in self._plan.phases)
         log = None
         if self._topology.rank == 0:
             logging = self._config.logging
-            log = MetricsLog(self._config.checkpoint.save, total, self.progress.iteration, logging.tensorboard)
+            log = MetricsLog(options.save, total, self.progress.iteration, logging.tensorboard)
         stop = StopRequest()
         with stop.on_signals(self._config.training.exit_signal_handler):
             for phase in self._plan.phases:
@@ -122,14 +155,14 @@ class Trainer:
                     continue
                 if alone and phase.index > alone:
                     break
-                resumed = checkpoint if checkpoint and phase.index == checkpoint.progress.phase else None
                 if phase.index > self.progress.phase:
                     self.progress = replace(self.progress, phase=phase.index, phase_iteration=0)
                 self._clock = time.monotonic()
-                self._train_phase(phase, resumed, log, stop)
+                self._train_phase(phase, writer, log, stop)
                 self._count_time()
                 if stop.reason:
                     break
+        writer.close()
         if log:
             log.close()
         return stop.reason
@@ -158,16 +191,12 @@ class Trainer:
         ahead = phase < self.progress.phase
         return ahead or (phase == self.progress.phase and self.progress.phase_iteration >= self.phase_iterations(phase))
 
-    def _train_phase(self, phase: Phase, resumed: Checkpoint | None, log: MetricsLog | None, stop: StopRequest) -> None:
+    def _train_phase(self, phase: Phase, writer: CheckpointWriter, log: MetricsLog | None, stop: StopRequest) -> None:
         iteration = Iteration(
             self._config.method, self._plan, phase, self._schedule, self._latent_shape, self._topology.device
         )
         self._networks.start_phase(phase.index, phase.expert, iteration.experts())
-        if resumed:
-            self._networks.load_expert_state(phase.index, resumed.tensors(f"generator_phase_{phase.index}"))
-        trainer = PhaseTrainer(self._config, iteration, self._networks, self._prompts, self._topology)
-        if resumed:
-            trainer.load_state(resumed.tensors)
+        trainer = self._phase_trainer(phase, iteration)
         count = self.phase_iterations(phase.index)
         while self.progress.phase_iteration < count and not stop.reason:
             self._train_iteration(trainer, log)
@@ -175,7 +204,7 @@ class Trainer:
             self._agree_to_stop(stop)
             every = self._config.checkpoint.save_interval
             if last or stop.reason or (every and self.progress.iteration % every == 0):
-                self._save(trainer)
+                writer.save(self._manifest(trainer.optimizer_steps()), self._states(trainer))
             self._draw_sheet(last)
         trainer.release()
         self._networks.finish_phase(phase.index)
@@ -228,14 +257,34 @@ class Trainer:
             if wanted.item() and not stop.reason:
                 stop.reason = "another rank"
 
-    def _save(self, trainer: PhaseTrainer) -> None:
-        options = self._config.checkpoint
-        if self._topology.rank == 0:
-            states = {f"generator_phase_{k}": self._networks.expert_state(k) for k in range(1, trainer.index + 1)}
-            states |= trainer.state()
-            save_checkpoint(options.save / "checkpoints", self.progress, states, options.keep_last)
-        if self._topology.world_size > 1:
-            torch.distributed.barrier()
+    def _phase_trainer(self, phase: Phase, iteration: Iteration) -> PhaseTrainer:
+        """The phase's trainer, with what the launch's checkpoint has of this phase."""
+        start, name = self._start, f"generator_phase_{phase.index}"
+        saved_phase = start.checkpoint.progress.phase if start else 0
+        if phase.index == saved_phase or (start and start.finetune and name in start.checkpoint.states):
+            self._load_expert(phase, start.checkpoint)
+        trainer = PhaseTrainer(self._config, iteration, self._networks, self._prompts, self._topology)
+        if phase.index == saved_phase:
+            trainer.load_state(start.checkpoint, optimizers=start.optimizers and not start.finetune)
+        return trainer
+
+    def _load_expert(self, phase: Phase, checkpoint: Checkpoint) -> None:
+        checkpoint.read(f"generator_phase_{phase.index}", self._networks.expert_state(phase.index))
+
+    def _states(self, trainer: PhaseTrainer) -> dict[str, dict[str, Shard]]:
+        """This rank's part of everything that a checkpoint holds."""
+        experts = {f"generator_phase_{k}": self._networks.expert_state(k) for k in range(1, trainer.index + 1)}
+        return trainer.state() | experts
+
+    def _manifest(self, optimizer_steps: dict[str, int] | None = None) -> Manifest:
+        topology = self._topology
+        return Manifest(
+            progress=self.progress,
+            optimizer_steps=optimizer_steps or {},
+            seed=self._config.training.seed,
+            models={expert: asdict(model.config) for expert, model in self._networks.teacher.items()},
+            layout={"tensor": topology.tensor, "context": topology.context, "data": topology.data},
+        )
 
     def _draw_sheet(self, last: bool) -> None:
         every = self._config.logging.sample_interval

@@ -12,7 +12,7 @@ from megatron_pdmd.arguments import to_yaml
 from megatron_pdmd.config import Config, DataConfig, MethodConfig, ModelConfig
 from megatron_pdmd.conversion.pipeline_folder import read_pipeline
 from megatron_pdmd.models import from_hf
-from megatron_pdmd.training.checkpointing import Progress, save_checkpoint
+from megatron_pdmd.training.checkpointing import CheckpointWriter, Manifest, Progress
 from megatron_pdmd.training.networks import Networks
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
@@ -30,11 +30,14 @@ def _make_run(folder: Path, teacher: Path, generator: str = "lora", phases: int 
     states, random = {}, torch.Generator().manual_seed(0)
     for phase, base in zip(range(1, phases + 1), bases, strict=False):
         networks.add_expert(phase, base)
-        state = networks.expert_state(phase)
-        moved = {name: t + 0.05 * torch.randn(t.shape, generator=random) for name, t in state.items()}
-        states[f"generator_phase_{phase}"] = moved
-    save_checkpoint(folder / "checkpoints", Progress(iteration=3), states)
-    return states["generator_phase_1"]
+        states[f"generator_phase_{phase}"] = networks.expert_state(phase)
+        for shard in states[f"generator_phase_{phase}"].values():
+            tensor = shard.boxes[0].tensor
+            tensor += 0.05 * torch.randn(tensor.shape, generator=random)
+    writer = CheckpointWriter(folder / "checkpoints")
+    writer.save(Manifest(Progress(iteration=3)), states)
+    writer.close()
+    return {name: shard.boxes[0].tensor for name, shard in states["generator_phase_1"].items()}
 
 
 def _run_tool(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int | str:

@@ -54,6 +54,7 @@ def test_tensor_types_are_those_megatron_sorts_parameters_by():
     with without_cuda():
         assert torch.ones(1).type() == "torch.cuda.FloatTensor"
         assert torch.ones(1, dtype=torch.bfloat16).type() == "torch.cuda.BFloat16Tensor"
+        assert torch.ones(1, device="meta").type() == "torch.cuda.FloatTensor"
         assert torch.ones(1).type(torch.float64).dtype == torch.float64
     assert torch.ones(1).type() == "torch.FloatTensor"
 

@@ -1,60 +1,96 @@
 """Checkpoints survive a crash at any moment, and what is not a checkpoint is refused in one line."""
 
-import dataclasses
 import itertools
 import json
 import os
 import pickle
 import shutil
+import time
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
-from megatron_pdmd.training import checkpointing
-from megatron_pdmd.training.checkpointing import Progress, latest_checkpoint, save_checkpoint
+from megatron_pdmd.training import checkpointing, torch_dist
+from megatron_pdmd.training.checkpointing import (
+    Checkpoint,
+    CheckpointError,
+    CheckpointWriter,
+    Manifest,
+    Progress,
+    check_models,
+    latest_checkpoint,
+)
+from megatron_pdmd.training.sharded_state import Shard
+
+pytestmark = pytest.mark.usefixtures("topology")
 
 
 class Crash(Exception):
     """Stands for the end of the process."""
 
 
-def states(value: float) -> dict[str, dict[str, torch.Tensor]]:
+def tensors(value: float) -> dict[str, dict[str, torch.Tensor]]:
     return {"generator": {"a": torch.full((3,), value)}, "fake": {"b": torch.full((2, 2), -value).bfloat16()}}
 
 
-def save(folder: Path, iteration: int, **options: int) -> Path:
-    return save_checkpoint(folder, Progress(iteration, consumed_samples=7), states(float(iteration)), **options)
+def states(value: float) -> dict[str, dict[str, Shard]]:
+    return {state: {name: Shard.of(t) for name, t in own.items()} for state, own in tensors(value).items()}
+
+
+def manifest_of(iteration: int) -> Manifest:
+    return Manifest(
+        Progress(iteration, consumed_samples=7), {"fake": 3}, 42, {"single": {"num_layers": 2}}, {"data": 1}
+    )
+
+
+def save(folder: Path, iteration: int, **options) -> Path:
+    writer = CheckpointWriter(folder, **options)
+    try:
+        writer.save(manifest_of(iteration), states(float(iteration)))
+    finally:
+        writer.close()
+    return folder / checkpointing.checkpoint_name(iteration)
+
+
+def read(found: Checkpoint, state: str) -> dict[str, torch.Tensor]:
+    dtypes = {"a": torch.float32, "b": torch.bfloat16}
+    own = {name: torch.zeros(shape, dtype=dtypes[name]) for name, shape in found.shapes(state).items()}
+    found.read(state, {name: Shard.of(tensor) for name, tensor in own.items()})
+    return own
 
 
 def assert_whole(folder: Path, iterations: set[int]) -> int:
     """The tracker names one of these iterations, and all of it is there."""
     found = latest_checkpoint(folder)
-    assert found.progress == Progress(found.progress.iteration, consumed_samples=7)
-    assert found.progress.iteration in iterations
-    for name, tensors in states(float(found.progress.iteration)).items():
-        loaded = found.tensors(name)
-        assert loaded.keys() == tensors.keys()
-        for key, tensor in tensors.items():
-            assert loaded[key].dtype == tensor.dtype and torch.equal(loaded[key], tensor)
-    return found.progress.iteration
+    iteration = found.progress.iteration
+    assert iteration in iterations and found.manifest == manifest_of(iteration)
+    for state, own in tensors(float(iteration)).items():
+        loaded = read(found, state)
+        assert loaded.keys() == own.keys()
+        assert all(torch.equal(loaded[name], tensor) for name, tensor in own.items())
+    return iteration
 
 
 def test_there_and_back(tmp_path):
     assert latest_checkpoint(tmp_path) is None
-    progress = Progress(5, 2, 1, 80, 3, 1.5)
-    folder = save_checkpoint(tmp_path, progress, states(2.0))
+    folder = save(tmp_path, 5)
     found = latest_checkpoint(tmp_path)
-    assert (found.folder, found.progress, set(found.files)) == (folder, progress, {"generator", "fake"})
+    assert (found.folder, found.manifest, found.states) == (folder, manifest_of(5), {"generator", "fake"})
     assert folder.name == "iter_0000005"
     assert (tmp_path / "latest_checkpointed_iteration.txt").read_text().strip() == "5"
+    assert_whole(tmp_path, {5})
 
 
+@pytest.mark.parametrize("asynchronous", [False, True])
 @pytest.mark.parametrize(
     ("owner", "name"),
     [
-        (checkpointing, "save_file"),
+        (FileSystemWriter, "write_data"),
+        (FileSystemWriter, "finish"),
         (os, "fsync"),
         (Path, "mkdir"),
         (Path, "write_text"),
@@ -64,7 +100,7 @@ def test_there_and_back(tmp_path):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_crash_at_any_stage_leaves_the_last_good_checkpoint(owner, name, tmp_path, monkeypatch):
+def test_a_crash_at_any_stage_leaves_the_last_good_checkpoint(owner, name, asynchronous, tmp_path, monkeypatch):
     """The n-th call of `name` within a save never returns, for every n."""
     real = getattr(owner, name)
     survivors = []
@@ -81,17 +117,58 @@ def test_a_crash_at_any_stage_leaves_the_last_good_checkpoint(owner, name, tmp_p
 
         monkeypatch.setattr(owner, name, dying)
         try:
-            save(folder, 3, keep_last=1)
+            save(folder, 3, keep_last=1, asynchronous=asynchronous)
         except Crash:
             survivors.append(assert_whole(folder, {2, 3}))
         else:
             break
         finally:
             monkeypatch.setattr(owner, name, real)
-        save(folder, 3, keep_last=1)
+        save(folder, 3, keep_last=1, asynchronous=asynchronous)
         assert assert_whole(folder, {3})
         assert sorted(path.name for path in folder.iterdir()) == ["iter_0000003", checkpointing.TRACKER]
     assert survivors, f"{name} is never called"
+
+
+def test_training_goes_on_while_a_checkpoint_is_written_and_does_not_change_it(tmp_path, monkeypatch):
+    writer = CheckpointWriter(tmp_path, asynchronous=True)
+    write = FileSystemWriter.write_data
+    released = []
+
+    def slow(self, *arguments):
+        while not released:
+            time.sleep(0.01)
+        return write(self, *arguments)
+
+    monkeypatch.setattr(FileSystemWriter, "write_data", slow)
+    live = states(1.0)
+    writer.save(manifest_of(1), live)
+    for own in live.values():
+        for shard in own.values():
+            shard.boxes[0].tensor.fill_(99)
+    assert latest_checkpoint(tmp_path) is None
+    released.append(True)
+    writer.save(manifest_of(2), states(2.0))  # waits for the first
+    assert_whole(tmp_path, {1, 2})
+    writer.close()
+    assert_whole(tmp_path, {2})
+    (tmp_path / checkpointing.TRACKER).write_text("1")
+    assert_whole(tmp_path, {1})
+
+
+def test_a_failure_in_the_background_is_told_at_the_next_save(tmp_path, monkeypatch):
+    def full(self, *arguments):
+        raise OSError(28, "No space left on device")
+
+    writer = CheckpointWriter(tmp_path, asynchronous=True)
+    monkeypatch.setattr(FileSystemWriter, "write_data", full)
+    writer.save(manifest_of(1), states(1.0))
+    with pytest.raises(OSError, match="No space left"):
+        writer.save(manifest_of(2), states(2.0))
+    monkeypatch.undo()
+    writer.save(manifest_of(3), states(3.0))
+    writer.close()
+    assert_whole(tmp_path, {3})
 
 
 def test_only_the_newest_are_kept(tmp_path):
@@ -153,12 +230,13 @@ def test_a_tracker_of_other_bytes_or_of_a_checkpoint_that_is_gone_is_refused(tmp
         latest_checkpoint(tmp_path)
 
 
-def manifest(folder: Path, **changes) -> None:
-    path = folder / checkpointing.MANIFEST
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+PROGRESS = asdict(Progress())
 
 
-PROGRESS = dataclasses.asdict(Progress())
+def content_with(**changes) -> bytes:
+    """A manifest with something wrong."""
+    good = {"format_version": 2, "ckpt_format": "torch_dist"} | asdict(manifest_of(1))
+    return json.dumps(good | changes).encode()
 
 
 @pytest.mark.parametrize(
@@ -170,15 +248,18 @@ PROGRESS = dataclasses.asdict(Progress())
         b"[1, 2]",
         b"null",
         b"{}",
-        b'{"format_version": 1}',
-        json.dumps({"format_version": "1", "progress": PROGRESS, "files": []}).encode(),
-        json.dumps({"format_version": 1, "progress": PROGRESS | {"more": 1}, "files": []}).encode(),
-        json.dumps({"format_version": 1, "progress": PROGRESS | {"iteration": "5"}, "files": []}).encode(),
-        json.dumps({"format_version": 1, "progress": {"iteration": 5}, "files": []}).encode(),
-        json.dumps({"format_version": 1, "progress": [1], "files": []}).encode(),
-        json.dumps({"format_version": 1, "progress": PROGRESS, "files": 3}).encode(),
-        json.dumps({"format_version": 1, "progress": PROGRESS, "files": "generator"}).encode(),
-        json.dumps({"format_version": 1, "progress": PROGRESS, "files": [1]}).encode(),
+        b'{"format_version": 2}',
+        content_with(format_version="2"),
+        content_with(progress=PROGRESS | {"more": 1}),
+        content_with(progress=PROGRESS | {"iteration": "5"}),
+        content_with(progress={"iteration": 5}),
+        content_with(progress=[1]),
+        content_with(seed=1.5),
+        content_with(optimizer_steps={"fake": "3"}),
+        content_with(optimizer_steps={"fake": -3}),
+        content_with(optimizer_steps=[]),
+        content_with(models={"single": 3}),
+        content_with(layout=None),
     ],
 )
 def test_a_foreign_or_damaged_manifest_is_refused(tmp_path, content):
@@ -190,42 +271,105 @@ def test_a_foreign_or_damaged_manifest_is_refused(tmp_path, content):
 
 def test_another_version_is_named_whatever_else_it_holds(tmp_path):
     folder = save(tmp_path, 1)
-    (folder / checkpointing.MANIFEST).write_text(json.dumps({"format_version": 2, "shards": 4}))
-    with pytest.raises(ValueError, match=r"format version 2; this program reads version 1"):
+    (folder / checkpointing.MANIFEST).write_text(json.dumps({"format_version": 1, "files": ["generator"]}))
+    with pytest.raises(ValueError, match=r"format version 1; this program reads version 2"):
         latest_checkpoint(tmp_path)
 
 
-def test_a_missing_file_is_refused(tmp_path):
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata"])
+def test_a_missing_file_is_refused(tmp_path, name):
     folder = save(tmp_path, 1)
-    (folder / "fake.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"iter_0000001: fake.safetensors is missing"):
+    (folder / name).unlink()
+    with pytest.raises(ValueError, match=rf"iter_0000001: {name} is missing"):
         latest_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("size", [0, 4, 30, 1000])
-def test_a_truncated_or_foreign_file_is_refused(tmp_path, size):
-    path = save(tmp_path, 1) / "generator.safetensors"
-    path.write_bytes((path.read_bytes() if size < 1000 else os.urandom(1000))[:size])
-    with pytest.raises(ValueError, match=r"generator.safetensors: (is truncated|has no valid safetensors header)"):
+@pytest.mark.parametrize("size", [0, 4, 1000])
+def test_a_truncated_file_is_refused(tmp_path, size):
+    path = save(tmp_path, 1) / "__0_0.distcp"
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(ValueError, match=r"__0_0.distcp: is truncated"):
         latest_checkpoint(tmp_path)
 
 
-def test_a_file_that_is_not_in_the_manifest_is_not_read(tmp_path):
+@pytest.mark.parametrize("size", [0, 4, 100])
+def test_a_truncated_or_foreign_index_is_refused(tmp_path, size):
+    path = save(tmp_path, 1) / torch_dist.INDEX
+    for content in (path.read_bytes()[:size], os.urandom(size)):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"\.metadata: not an index of tensors"):
+            latest_checkpoint(tmp_path)
+
+
+def test_a_flipped_bit_in_a_tensor_is_noticed(tmp_path):
     folder = save(tmp_path, 1)
-    shutil.copy(folder / "fake.safetensors", folder / "other.safetensors")
-    with pytest.raises(ValueError, match=r"has no other.safetensors; it was saved by another configuration"):
-        latest_checkpoint(tmp_path).tensors("other")
+    path, value = folder / "__0_0.distcp", torch.full((3,), 1.0).numpy().tobytes()
+    content = path.read_bytes()
+    assert content.count(value) == 1
+    path.write_bytes(content.replace(value, value[:-1] + b"\x3e"))
+    with pytest.raises(CheckpointError, match="iter_0000001: damaged"):
+        read(latest_checkpoint(tmp_path), "generator")
 
 
-@pytest.mark.parametrize("trick", ["../outside", "sub/outside", "/{}/outside", "..", "", "a\0b"])
-def test_names_that_lead_out_of_the_folder_are_refused(tmp_path, trick):
-    folder = save(tmp_path / "checkpoints", 1)
-    for place in (folder.parent, folder / "sub", tmp_path):
-        place.mkdir(exist_ok=True)
-        shutil.copy(folder / "fake.safetensors", place / "outside.safetensors")
-    manifest(folder, files=["fake", trick.format(tmp_path)])
-    with pytest.raises(ValueError, match="is missing"):
-        latest_checkpoint(tmp_path / "checkpoints")
+@pytest.mark.parametrize(
+    ("shards", "words"),
+    [
+        ({}, "'a' is on one side only"),
+        ({"a": torch.zeros(3), "more": torch.zeros(1)}, "'more' is on one side only"),
+        ({"a": torch.zeros(4)}, r"'a' differs in shape \(\[3\] saved, \[4\] needed\)"),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused(tmp_path, shards, words):
+    save(tmp_path, 1)
+    with pytest.raises(CheckpointError, match=f"iter_0000001: generator: {words}; it was saved by another"):
+        latest_checkpoint(tmp_path).read("generator", {name: Shard.of(t) for name, t in shards.items()})
+    with pytest.raises(CheckpointError, match="has no other; it was saved by another configuration"):
+        latest_checkpoint(tmp_path).read("other", {"a": Shard.of(torch.zeros(3))})
+    assert not any(tensor.any() for tensor in shards.values())
+
+
+@pytest.mark.parametrize(
+    ("models", "words"),
+    [
+        ({"single": {"num_layers": 4}}, "num_layers of single is 2 there, 4 in --teacher"),
+        ({"single": {"num_layers": 2, "ffn_dim": 8}}, "ffn_dim of single is None there, 8 in --teacher"),
+        ({"low_noise": {"num_layers": 2}}, "experts single, this teacher low_noise"),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused(tmp_path, models, words):
+    save(tmp_path, 1)
+    check_models(latest_checkpoint(tmp_path), manifest_of(1).models)
+    with pytest.raises(CheckpointError, match=words):
+        check_models(latest_checkpoint(tmp_path), models)
+
+
+def rewrite_index(folder: Path, change) -> None:
+    path = folder / torch_dist.INDEX
+    index = pickle.loads(path.read_bytes())
+    change(index)
+    path.write_bytes(pickle.dumps(index))
+
+
+def test_an_index_that_leads_out_of_the_folder_or_leaves_parts_out_is_refused(tmp_path):
+    def lead_out(index):
+        for place in index.storage_data.values():
+            place.relative_path = "../__0_0.distcp"
+
+    def leave_out(index):
+        next(iter(index.state_dict_metadata.values())).chunks.clear()
+
+    def transform(index):
+        next(iter(index.storage_data.values())).transform_descriptors = ["zstd"]
+
+    def rename(index):
+        index.state_dict_metadata[3] = index.state_dict_metadata.pop("generator.a")
+
+    for change in (lead_out, leave_out, transform, rename):
+        folder = save(tmp_path, 1)
+        shutil.copy(folder / "__0_0.distcp", tmp_path)
+        rewrite_index(folder, change)
+        with pytest.raises(ValueError, match=r"\.metadata: not an index of tensors"):
+            latest_checkpoint(tmp_path)
 
 
 class Bomb:
@@ -238,17 +382,35 @@ class Bomb:
         return Path.touch, (self.path,)
 
 
-def test_nothing_is_unpickled(tmp_path):
-    folder, marker = save(tmp_path, 1), tmp_path / "exploded"
-    for payload in (
-        lambda path: torch.save(Bomb(marker), path),
-        lambda path: path.write_bytes(pickle.dumps(Bomb(marker))),
-    ):
-        for name in ("generator.safetensors", checkpointing.MANIFEST, f"../{checkpointing.TRACKER}"):
-            payload(folder / name)
+def test_nothing_that_could_run_is_unpickled(tmp_path):
+    marker = tmp_path / "exploded"
+    folder = save(tmp_path / "checkpoints", 1)
+
+    def load() -> None:
+        found = latest_checkpoint(tmp_path / "checkpoints")
+        read(found, "generator")
+
+    for name in (torch_dist.INDEX, checkpointing.MANIFEST, f"../{checkpointing.TRACKER}"):
+        for payload in (pickle.dumps(Bomb(marker)), pickle.dumps([Bomb(marker)])):
+            (folder / name).write_bytes(payload)
             with pytest.raises(ValueError):
-                latest_checkpoint(tmp_path).tensors("generator")
-            save(tmp_path, 1)
+                load()
+        folder = save(tmp_path / "checkpoints", 1)
+    rewrite_index(folder, lambda index: setattr(index, "planner_data", Bomb(marker)))
+    with pytest.raises(ValueError, match=r"\.metadata: not an index of tensors \(it names "):
+        load()
+    folder = save(tmp_path / "checkpoints", 1)
+    torch.save(Bomb(marker), folder / "bomb")
+    size = (folder / "bomb").stat().st_size
+    (folder / "bomb").rename(folder / "__0_0.distcp")
+
+    def point_at_it(index):
+        for key, place in index.storage_data.items():
+            index.storage_data[key] = replace(place, offset=0, length=size)
+
+    rewrite_index(folder, point_at_it)
+    with pytest.raises(CheckpointError, match="damaged"):
+        load()
     assert not marker.exists()
     pickle.loads(pickle.dumps(Bomb(marker)))
     assert marker.exists(), "the bomb is a dud"

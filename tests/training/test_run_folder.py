@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from megatron_pdmd.config import CheckpointConfig, Config, LoggingConfig, MethodConfig, TrainingConfig
+from megatron_pdmd.config import (
+    CheckpointConfig,
+    Config,
+    LoggingConfig,
+    MethodConfig,
+    OptimizerConfig,
+    TrainingConfig,
+)
 from megatron_pdmd.training.run_folder import check_run_folder, claim_run_folder, cut_metrics, differing_fields
 
 
@@ -52,6 +59,21 @@ def test_another_configuration_is_refused_and_every_difference_named(tmp_path, f
     ):
         assert words in message
     assert message.count(" here, ") == 3
+
+
+def test_what_is_not_taken_from_a_run_may_differ_from_it(tmp_path):
+    claim_run_folder(config(tmp_path / "run"))
+    for free, changes in (
+        ({"load_optim": False}, {"optimizer": OptimizerConfig(lr=1.0, adam_beta1=0.9)}),
+        ({"finetune": True}, {"optimizer": OptimizerConfig(lr=1.0), "training": TrainingConfig(seed=7, bf16=True)}),
+    ):
+        options = CheckpointConfig(save=tmp_path / "new", load=tmp_path / "run")
+        with pytest.raises(ValueError, match=r"--load .*holds another run: --lr is 1\.0 here"):
+            check_run_folder(Config(checkpoint=options, **changes))
+        check_run_folder(Config(checkpoint=replace(options, **free), **changes))
+    with pytest.raises(ValueError, match="--seed is 7 here"):
+        options = CheckpointConfig(save=tmp_path / "new", load=tmp_path / "run", load_optim=False)
+        check_run_folder(Config(checkpoint=options, training=TrainingConfig(seed=7)))
 
 
 def test_a_folder_of_other_things_is_refused(tmp_path):

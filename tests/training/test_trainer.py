@@ -16,9 +16,13 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_pdmd.config import CheckpointConfig, Config, ModelConfig
+from megatron_pdmd.conversion.weight_files import write_model
 from megatron_pdmd.distillation.roles import Roles
-from megatron_pdmd.training.checkpointing import TRACKER, latest_checkpoint
+from megatron_pdmd.models import WanConfig, WanModel, to_hf_state_dict
+from megatron_pdmd.parallel import without_cuda
+from megatron_pdmd.training.checkpointing import TRACKER, Checkpoint, latest_checkpoint
 from megatron_pdmd.training.phase import PhaseTrainer
+from megatron_pdmd.training.sharded_state import Shard
 from megatron_pdmd.training.sheets import SampleSheets
 
 VARIANTS = {
@@ -40,7 +44,14 @@ def logged(run: Path) -> list[dict]:
 def saved(run: Path) -> dict[str, torch.Tensor]:
     """Every tensor of the last checkpoint."""
     found = latest_checkpoint(run / "checkpoints")
-    return {f"{name}/{key}": tensor for name in found.files for key, tensor in found.tensors(name).items()}
+    return {f"{state}/{name}": tensor for state in found.states for name, tensor in state_of(found, state).items()}
+
+
+def state_of(checkpoint: Checkpoint, state: str) -> dict[str, torch.Tensor]:
+    """The whole tensors of a state; fp32 holds all that is saved exactly."""
+    tensors = {name: torch.empty(shape) for name, shape in checkpoint.shapes(state).items()}
+    checkpoint.read(state, {name: Shard.of(tensor) for name, tensor in tensors.items()})
+    return tensors
 
 
 def progress(run: Path) -> tuple[int, int, int, int, int]:
@@ -144,6 +155,55 @@ def test_a_finished_run_trains_nothing_more_unless_it_is_prolonged_elsewhere(fin
     assert_same_run(run, finished(*PLAIN))
 
 
+def test_an_asynchronous_run_is_the_synchronous_one(finished, launch, tmp_path):
+    assert launch(tmp_path / "run", *PLAIN, "--async-save", "--save-interval", "1", "--keep-last", "3") == 0
+    assert_same_run(tmp_path / "run", finished(*PLAIN))
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("iter_*"))
+    assert names == ["iter_0000004", "iter_0000005", "iter_0000006"]
+
+
+def test_finetuning_begins_anew_from_the_weights_alone(finished, launch, tmp_path):
+    """With nothing learnt, what was taken over is still there; the run's own folder then continues by itself."""
+    run, frozen = tmp_path / "run", ("--lr", "1e-30", "--fake-lr", "1e-30", "--seed", "7", "--train-iters", "2")
+    flags = (*PLAIN, *frozen, "--load", str(finished(*PLAIN)), "--finetune")
+    assert launch(run, *flags, "--exit-interval", "3") == 3
+    assert launch(run, *flags) == 0
+    assert [row["iteration"] for row in logged(run)] == [1, 2, 3, 4]
+    assert progress(run) == (4, 2, 2, 16, 0)
+    assert latest_checkpoint(run / "checkpoints").manifest.optimizer_steps["generator"] == 2
+    ours, theirs = saved(run), saved(finished(*PLAIN))
+    weights = [name for name in ours if "expert." in name or name.startswith(("fake_score_low_noise/",))]
+    assert weights and [name for name in weights if not torch.equal(ours[name], theirs[name])] == []
+
+
+def test_without_its_optimizers_a_run_goes_on_with_new_ones(finished, launch, tmp_path):
+    run, whole = tmp_path / "run", finished(*PLAIN)
+    assert launch(tmp_path / "half", *PLAIN, "--exit-interval", "2") == 3
+    assert launch(run, *PLAIN, "--load", str(tmp_path / "half"), "--no-load-optim", "--exit-interval", "1") == 3
+    found = latest_checkpoint(run / "checkpoints")
+    assert found.progress.iteration == 3
+    assert found.manifest.optimizer_steps == {"generator": 1, "fake_score_high_noise": 2}
+    (ours,), theirs = logged(run), logged(whole)[2]
+    assert ours["dmd_gradient"] != theirs["dmd_gradient"] and ours["iteration"] == theirs["iteration"]
+
+
+def test_a_checkpoint_of_another_network_is_refused_in_one_line(finished, launch, pipeline, tmp_path, capsys):
+    other = tmp_path / "teacher"
+    shutil.copytree(pipeline, other)
+    torch.manual_seed(0)
+    shape = json.loads((pipeline / "transformer" / "config.json").read_text())
+    deeper = WanConfig.from_hf(shape | {"num_layers": 2})
+    for name in ("transformer", "transformer_2"):
+        (other / name / "config.json").write_text(json.dumps(deeper.to_hf()))
+        with without_cuda():
+            write_model(other / name, to_hf_state_dict(WanModel(deeper)).items())
+    with pytest.raises(SystemExit) as stop:
+        launch(tmp_path / "run", *PLAIN, "--teacher", str(other), "--load", str(finished(*PLAIN)), "--finetune")
+    assert stop.value.code == 2
+    told = capsys.readouterr().err
+    assert "another model: num_layers of high_noise is 1 there, 2 in --teacher" in told and told.count("\n") == 1
+
+
 def test_another_configuration_of_the_same_folder_is_refused(finished, launch, capsys):
     with pytest.raises(SystemExit) as stop:
         launch(finished(*PLAIN), *PLAIN, "--lora-rank", "8")
@@ -164,9 +224,9 @@ def test_a_full_disk_ends_the_run_in_one_line_and_leaves_no_checkpoint(launch, t
 
 def test_a_damaged_checkpoint_ends_the_run_in_one_line(finished, launch, tmp_path, capsys):
     for name, damage in (
-        ("generator_phase_1.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-8])),
-        ("generator_optimizer.safetensors", lambda path: path.unlink()),
-        ("fake_score_low_noise.safetensors", lambda path: path.write_bytes(b"")),
+        ("__0_0.distcp", lambda path: path.write_bytes(path.read_bytes()[:-8])),
+        ("metadata.json", lambda path: path.write_text("{}")),
+        (".metadata", lambda path: path.write_bytes(b"")),
         (f"../{TRACKER}", lambda path: path.write_text("many")),
     ):
         run = tmp_path / Path(name).stem
@@ -241,9 +301,9 @@ def test_a_nan_on_one_rank_skips_the_update_on_all(role, learning, launch, run_r
 
             def run(self, index):
                 metrics = run_iteration(self, index)
-                states = self.state()
-                steps.append((int(states["generator_optimizer"]["step"]), metrics["skipped_updates"]))
-                steps.append(int(states["fake_score_high_noise_optimizer"]["step"]))
+                done = self.optimizer_steps()
+                steps.append((done["generator"], metrics["skipped_updates"]))
+                steps.append(done["fake_score_high_noise"])
                 return metrics
 
             patch.setattr(PhaseTrainer, "run_iteration", run)
@@ -274,7 +334,7 @@ def test_a_skipped_fake_update_leaves_the_fake_score_as_it_was(launch, pipeline,
 
     monkeypatch.setattr(Roles, "run", with_nan)
     assert launch(tmp_path / "run", "--train-iters", "1", "--phase", "1") == 0
-    fake = latest_checkpoint(tmp_path / "run" / "checkpoints").tensors("fake_score_high_noise")
+    fake = state_of(latest_checkpoint(tmp_path / "run" / "checkpoints"), "fake_score_high_noise")
     teacher = load_file(pipeline / "transformer" / "diffusion_pytorch_model.safetensors")
     assert fake.keys() == teacher.keys()
     assert all(torch.equal(fake[name], teacher[name]) for name in fake)

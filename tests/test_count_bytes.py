@@ -1,0 +1,64 @@
+"""The byte counter's numbers against the sizes of the parameters."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+TOOL = Path(__file__).parents[1] / "tools" / "count_bytes.py"
+
+
+@pytest.fixture(scope="module")
+def tool():
+    spec = importlib.util.spec_from_file_location("count_bytes", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def count(tool, monkeypatch, tmp_path):
+    def run(*flags):
+        monkeypatch.setenv("WORLD_SIZE", "1")
+        monkeypatch.setattr(sys, "argv", ["count_bytes.py", *flags, "--json", str(tmp_path / "bytes.json")])
+        tool.main()
+        return json.loads((tmp_path / "bytes.json").read_text())
+
+    return run
+
+
+def test_a_rank_holds_its_share_and_no_first_moment(count, capsys):
+    rows = count("--model", "wan2.1-t2v-1.3b", "--tensor-model-parallel-sizes", "1,2,4", "--data-parallel-size", "4")
+    assert "wan2.1-t2v-1.3b, GB on each rank, 4 data-parallel ranks" in capsys.readouterr().out
+    assert len(rows) == 3 * 2 * 2
+    for row in rows:
+        one = next(r for r in rows if r["tensor"] == 1 and r["role"] == row["role"] and not r["distributed"])
+        assert abs(row["split"] * row["tensor"] / one["split"] - 1) < 0.02
+        assert row["weights"] - row["split"] == one["weights"] - one["split"]
+        elements, copies = row["gradients"] / 4, 4 if row["distributed"] else 1
+        assert abs(row["first_moment"] / (4 * elements / copies) - 1) < 0.02
+        if row["role"] == "generator":  # fp32 adapters are their own main weights
+            assert row["optimizer"] == row["first_moment"]
+        else:
+            assert row["trained"] == row["weights"]
+            assert abs(row["optimizer"] / (2 * row["first_moment"]) - 1) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--model", "wan9"), "--model wan9: unknown; choose one of wan2.1-t2v-1.3b"),
+        (
+            ("--model", "wan2.1-t2v-1.3b", "--tensor-model-parallel-sizes", "5"),
+            "--tensor-model-parallel-size 5 does not",
+        ),
+    ],
+)
+def test_mistakes_are_one_line(count, capsys, flags, words):
+    with pytest.raises(SystemExit) as stop:
+        count(*flags)
+    told = capsys.readouterr().err
+    assert stop.value.code == 2 and words in told and told.count("\n") == 1

@@ -1,0 +1,152 @@
+"""Counts what each rank holds of the trained roles: weights, gradient buffers, optimizer states.
+
+    python tools/count_bytes.py --model wan2.1-t2v-14b [--json FILE]
+
+The real networks, wrappers and optimizers are built for rank 0 of a group of ranks that do not exist, on the meta
+device: tensors have sizes and no memory. Networks are bf16 with fp32 main weights. GB are 10^9 bytes.
+"""
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from megatron_pdmd.config import Ints
+from megatron_pdmd.errors import parse_options, user_errors
+from megatron_pdmd.models import lora
+from megatron_pdmd.models.layers.tensor_parallel import partition_dim
+from megatron_pdmd.models.wan.config import WAN_PRESETS
+from megatron_pdmd.models.wan.model import WanModel
+from megatron_pdmd.parallel import data_parallel, destroy_topology, initialize_topology, without_cuda
+from megatron_pdmd.training.optimizer import build_optimizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class CountOptions:
+    """Prints bytes for each rank by tensor-parallel size, with and without the distributed optimizer."""
+
+    # Preset whose networks are counted.
+    model: str = "wan2.1-t2v-14b"
+    # Tensor-parallel sizes.
+    tensor_model_parallel_sizes: Ints = (1, 2, 4, 8)
+    # Data-parallel ranks, over which the distributed optimizer splits.
+    data_parallel_size: int = 8
+    # Rank of the generator's adapters.
+    lora_rank: int = 64
+    # JSON file for the same numbers.
+    json: Path | None = field(default=None)
+
+
+@dataclass(frozen=True)
+class RoleBytes:
+    """Bytes of one role on one rank.
+
+    Attributes:
+        tensor: tensor-parallel ranks.
+        distributed: whether the distributed optimizer splits over the data-parallel ranks.
+        role: `fake_score` (all weights train) or `generator` (adapters on frozen weights, which the teacher shares).
+        weights: all parameters.
+        split: those of them that tensor parallelism splits, trained or not.
+        trained: those of them that train.
+        gradients: the gradient buffer.
+        optimizer: fp32 main weights and second moments.
+        first_moment: what a first moment would add.
+    """
+
+    tensor: int
+    distributed: bool
+    role: str
+    weights: int
+    split: int
+    trained: int
+    gradients: int
+    optimizer: int
+    first_moment: int
+
+
+def main() -> None:
+    with user_errors():
+        options = parse_options(CountOptions, __doc__.splitlines()[0])
+        if options.model not in WAN_PRESETS:
+            raise ValueError(f"--model {options.model}: unknown; choose one of {', '.join(WAN_PRESETS)}")
+        rows = [
+            row
+            for distributed in (False, True)
+            for tensor in options.tensor_model_parallel_sizes
+            for row in count_bytes(options, tensor, distributed=distributed)
+        ]
+    Console(width=120).print(table_of(options, rows))
+    if options.json:
+        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+
+
+def count_bytes(options: CountOptions, tensor: int, *, distributed: bool) -> list[RoleBytes]:
+    """The roles' bytes on rank 0 of `tensor` x `data_parallel_size` ranks.
+
+    Raises:
+        ValueError: the model's heads do not divide over so many ranks.
+    """
+    os.environ["WORLD_SIZE"] = str(tensor * options.data_parallel_size)
+    topology = initialize_topology(tensor=tensor, backend="fake")
+    try:
+        with without_cuda(), torch.device("meta"):
+            fake_score = WanModel(WAN_PRESETS[options.model], dtype=torch.bfloat16, topology=topology)
+            generator = WanModel(WAN_PRESETS[options.model], dtype=torch.bfloat16, topology=topology)
+            generator.requires_grad_(False)
+            lora.add_adapter(generator, "phase_1", rank=options.lora_rank, alpha=float(options.lora_rank))
+            networks = {"fake_score": fake_score, "generator": generator}
+            return [_count_role(tensor, role, network, distributed) for role, network in networks.items()]
+    finally:
+        destroy_topology()
+
+
+def _count_role(tensor: int, role: str, network: WanModel, distributed: bool) -> RoleBytes:
+    parameters = list(network.parameters())
+    weights = _bytes(parameters)
+    split = _bytes(p for p in parameters if partition_dim(p) is not None)
+    trained = _bytes(p for p in parameters if p.requires_grad)
+    wrapped = data_parallel(network, bf16=True, use_distributed_optimizer=distributed)
+    optimizer = build_optimizer([wrapped], lr=1e-4, bf16=True)
+    optimizer.prepare_to_load(step_count=1)
+    own = {name: sum(box.tensor.numel() * 4 for box in s.boxes) for name, s in optimizer.sharded_state().items()}
+    second_moments = sum(size for name, size in own.items() if name.endswith(".exp_avg_sq"))
+    return RoleBytes(
+        tensor=tensor,
+        distributed=distributed,
+        role=role,
+        weights=weights,
+        split=split,
+        trained=trained,
+        gradients=sum(buffer.grad_data.numel() * buffer.grad_data.element_size() for buffer in wrapped.buffers),
+        optimizer=sum(own.values()),
+        first_moment=second_moments,
+    )
+
+
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def table_of(options: CountOptions, rows: list[RoleBytes]) -> Table:
+    """The numbers in GB; the split part times TP is 1 where every rank holds exactly its share of it."""
+    title = f"{options.model}, GB on each rank, {options.data_parallel_size} data-parallel ranks"
+    table = Table(title=title)
+    for name in ("role", "optimizer", "TP", "weights", "split part x TP", "gradients", "states", "first moment saved"):
+        table.add_column(name, justify="left" if name in ("role", "optimizer") else "right")
+    for role in ("fake_score", "generator"):
+        own = [row for row in rows if row.role == role]
+        for row in own:
+            split = row.split * row.tensor / (own[0].split * own[0].tensor)
+            sizes = [f"{size / 1e9:.3f}" for size in (row.gradients, row.optimizer, row.first_moment)]
+            kind = "distributed" if row.distributed else "plain"
+            table.add_row(role, kind, str(row.tensor), f"{row.weights / 1e9:.3f}", f"{split:.4f}", *sizes)
+    return table
+
+
+if __name__ == "__main__":
+    main()
