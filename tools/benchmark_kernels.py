@@ -1,0 +1,385 @@
+"""Times the C++ kernels on this CPU against eager torch, torch.compile's code and a plain memory copy.
+
+    python tools/benchmark_kernels.py --save DIR
+    python tools/benchmark_kernels.py --quick --no-compile --json FILE
+
+Sizes are those of Wan 14B at 81 x 480 x 832: latents of 16 x 21 x 60 x 104, 32,760 tokens of 5120 channels. In each
+round everything is timed once, so that all see the same machine; the table has the medians. GB/s counts the bytes that
+the op must move at least, and stands beside the copy's. Eager torch is each op's plain twin, given the noise where the
+kernel draws it again. The folder takes kernels.csv and kernels.png.
+"""
+
+import csv
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+import pdmd_kernels
+from megatron_pdmd.errors import parse_options, user_errors
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+LATENTS, QUICK_LATENTS = (1, 16, 21, 60, 104), (2, 16, 3, 6, 10)
+TOKENS, QUICK_TOKENS = (1, 32760, 5120), (1, 78, 256)
+HEAD_DIM = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkOptions:
+    """Times the C++ kernels on this CPU."""
+
+    ops: tuple[str, ...] = ()
+    """Rows to measure, by the beginning of their name; all by default."""
+    dtype: str = "bf16"
+    """Of flows and activations: bf16 or fp32. Latents are fp32."""
+    threads: int = 2
+    """Threads of torch."""
+    repeats: int = 7
+    """Rounds, of which the medians are taken; one more comes first and is not counted."""
+    compile: bool = True
+    """Also time torch.compile's code for the plain twin."""
+    quick: bool = False
+    """Small sizes, to see that it runs; the numbers mean little."""
+    save: Path | None = None
+    """Folder for kernels.csv and kernels.png."""
+    json: Path | None = None
+    """JSON file for the rows of the table."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is timed: `kernel` and `eager` do the same work, which moves at least `bytes`."""
+
+    name: str
+    kernel: Callable[[], object]
+    eager: Callable[[], object]
+    compiled: Callable[[], object] | None
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """Medians of one op; times in ms, rates in GB/s."""
+
+    name: str
+    native_ms: float
+    eager_ms: float
+    compiled_ms: float | None
+    speedup: float
+    speedup_over_compiled: float | None
+    gb_per_s: float
+    copy_gb_per_s: float
+    share_of_copy: float
+
+
+class Sizes:
+    """Random tensors of the sizes that the options ask for."""
+
+    def __init__(self, options: BenchmarkOptions) -> None:
+        self.dtype = DTYPES[options.dtype]
+        self.latent_shape = QUICK_LATENTS if options.quick else LATENTS
+        self.token_shape = QUICK_TOKENS if options.quick else TOKENS
+        self.generator = torch.Generator().manual_seed(0)
+
+    def latents(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(self.latent_shape, generator=self.generator).to(dtype)
+
+    def tokens(self) -> Tensor:
+        block = torch.randn(self.token_shape[1] // 10, self.token_shape[2], generator=self.generator)
+        repeats = -(-self.token_shape[1] // len(block))
+        return block.repeat(repeats, 1)[: self.token_shape[1]].to(self.dtype).unsqueeze(0)
+
+    def factor(self) -> Tensor:
+        return 0.5 + torch.rand(self.latent_shape[0], generator=self.generator)
+
+
+def with_gradients(function: Callable[..., object], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> object:
+    """One forward and one backward pass."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    results = function(*leaves)
+    results = results if isinstance(results, tuple) else (results,)
+    return torch.autograd.grad(results, leaves, cotangents)
+
+
+def both_passes(
+    name: str,
+    kernel: Callable[..., object],
+    twin: Callable[..., object],
+    inputs: Sequence[Tensor],
+    cotangents: Sequence[Tensor],
+    *,
+    moved: tuple[int, int],
+    compiled: bool,
+) -> list[Case]:
+    """The forward pass alone, and forward with backward; `moved` is the bytes of each."""
+    optimised = torch.compile(twin, dynamic=False) if compiled else None
+
+    def timed(function: Callable[..., object] | None, *, train: bool) -> Callable[[], object] | None:
+        if function is None:
+            return None
+        if train:
+            return lambda: with_gradients(function, inputs, cotangents)
+        return torch.no_grad()(lambda: function(*inputs))
+
+    return [
+        Case(
+            f"{name}, {label}",
+            timed(kernel, train=train),
+            timed(twin, train=train),
+            timed(optimised, train=train),
+            size,
+        )
+        for label, train, size in (("fwd", False, moved[0]), ("fwd+bwd", True, sum(moved)))
+    ]
+
+
+def one_pass(
+    name: str, kernel: Callable[[], object], twin: Callable[[], object], moved: int, *, compiled: bool
+) -> Case:
+    """An op without a backward pass."""
+    optimised = torch.compile(twin, dynamic=False) if compiled else None
+    return Case(name, kernel, twin, optimised, moved)
+
+
+def objective_cases(sizes: Sizes, compiled: bool) -> list[Case]:
+    """The fake score's objective: noise and loss, with eps given and drawn again."""
+    output, x_s, eps = sizes.latents(sizes.dtype), sizes.latents(), sizes.latents()
+    seeds = torch.arange(output.shape[0])
+    factors = [sizes.factor() for _ in range(4)]
+    ones = torch.ones(output.shape[0])
+    a, b = factors[:2]
+    drawn = nbytes(x_s) + nbytes(output)
+    cases = [
+        one_pass(
+            "subinterval_noise, drawn",
+            lambda: pdmd_kernels.subinterval_noise(x_s, seeds, a, b, sizes.dtype),
+            lambda: pdmd_kernels.reference.subinterval_noise(x_s, torch.randn_like(x_s), a, b, sizes.dtype),
+            drawn,
+            compiled=compiled,
+        )
+    ]
+    for label, noise in (("eps given", eps), ("drawn", seeds)):
+        read = nbytes(x_s) + (nbytes(eps) if noise is eps else 0)
+        cases += both_passes(
+            f"subinterval_loss, {label}",
+            lambda output, noise=noise: pdmd_kernels.subinterval_loss(output, x_s, noise, *factors),
+            lambda output: pdmd_kernels.reference.subinterval_loss(output, x_s, eps, *factors),
+            [output],
+            [ones],
+            moved=(read + nbytes(output), nbytes(output)),
+            compiled=compiled,
+        )[1:]
+    return cases
+
+
+def gradient_cases(sizes: Sizes, compiled: bool) -> list[Case]:
+    """The generator's gradient and the sampler's step."""
+    teacher, fake, unconditional = (sizes.latents(sizes.dtype) for _ in range(3))
+    x_s, x_t, weight, c_x = sizes.latents(), sizes.latents(), sizes.factor(), sizes.factor()
+    guided = {"unconditional": unconditional, "guidance": 4.0, "count_nonfinite": True}
+    flow, wide = nbytes(teacher), nbytes(x_s)
+
+    def of(namespace: object, *samples: Tensor) -> Callable[[], object]:
+        return lambda: namespace.dmd_gradient(teacher, fake, weight, *samples, **guided)
+
+    def step(namespace: object) -> Callable[[], object]:
+        return lambda: namespace.euler_step(x_s, teacher, weight, c_x, sizes.dtype)
+
+    ours, twin = pdmd_kernels, pdmd_kernels.reference
+    return [
+        one_pass("dmd_gradient, score", of(ours), of(twin), 3 * flow + wide, compiled=compiled),
+        one_pass(
+            "dmd_gradient, mean_abs",
+            of(ours, x_s, x_t, c_x),
+            of(twin, x_s, x_t, c_x),
+            5 * flow + 3 * wide,
+            compiled=compiled,
+        ),
+        one_pass("euler_step, with copy", step(ours), step(twin), 2 * flow + 2 * wide, compiled=compiled),
+    ]
+
+
+def block_cases(sizes: Sizes, compiled: bool) -> list[Case]:
+    """The transformer block's ops."""
+    x, h, grad = (sizes.tokens() for _ in range(3))
+    tokens, d = x.shape[1:]
+    shift, scale, gate = torch.randn(1, 3, d, generator=sizes.generator).split(1, dim=1)
+    weights = [torch.ones(d, dtype=sizes.dtype) for _ in range(2)]
+    angles = torch.rand(tokens, HEAD_DIM // 2, generator=sizes.generator)
+    norm = {"eps": 1e-6, "size": d, "heads": d // HEAD_DIM, "rope": torch.stack((angles.cos(), angles.sin()), -1)}
+    size = nbytes(x)
+    table = {
+        "modulated_layer_norm": (
+            [x, shift, scale],
+            [grad],
+            (2, 3),
+            lambda n: lambda *a: n.modulated_layer_norm(*a, eps=1e-6),
+        ),
+        "gated_residual": ([x, h, gate], [grad], (3, 3), lambda n: n.gated_residual),
+        "qk_norm_rope": ([x, h, *weights], [grad, grad], (4, 6), lambda n: lambda *a: n.qk_norm_rope(*a, **norm)),
+    }
+    cases = []
+    for name, (inputs, cotangents, (forward, backward), of) in table.items():
+        moved = (forward * size, backward * size)
+        functions = of(pdmd_kernels), of(pdmd_kernels.reference)
+        cases += both_passes(name, *functions, inputs, cotangents, moved=moved, compiled=compiled)
+    return cases
+
+
+def optimizer_cases(sizes: Sizes, compiled: bool) -> list[Case]:
+    """The optimizer's step, beside torch.optim's fused one."""
+    param = sizes.tokens()[0, : sizes.token_shape[1] // 4].float()
+    grad, moment, copy = torch.randn_like(param), torch.rand_like(param), param.to(sizes.dtype)
+    copies = [copy] if sizes.dtype == torch.bfloat16 else []
+    options = {"lr": 1e-5, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01, "step": 10}
+
+    def step(namespace: object) -> Callable[[], object]:
+        return lambda: namespace.adamw_beta1_zero([param], [grad], [moment], copies, **options)
+
+    moved = 5 * nbytes(param) + (nbytes(copy) if copies else 0)
+    return [one_pass("adamw_beta1_zero", step(pdmd_kernels), step(pdmd_kernels.reference), moved, compiled=compiled)]
+
+
+def nbytes(x: Tensor) -> int:
+    return x.numel() * x.element_size()
+
+
+SETUPS = {
+    "subinterval": objective_cases,
+    "dmd_gradient": gradient_cases,
+    "euler_step": gradient_cases,
+    "modulated_layer_norm": block_cases,
+    "gated_residual": block_cases,
+    "qk_norm_rope": block_cases,
+    "adamw": optimizer_cases,
+}
+
+
+def benchmark(options: BenchmarkOptions) -> list[Row]:
+    """The rows of the table.
+
+    Raises:
+        ValueError: options out of range, or the native kernels are not built.
+    """
+    if options.dtype not in DTYPES:
+        raise ValueError(f"--dtype {options.dtype} does not exist; choose bf16 or fp32")
+    for flag, value in (("--threads", options.threads), ("--repeats", options.repeats)):
+        if value < 1:
+            raise ValueError(f"{flag} is {value}; it must be at least 1")
+    unknown = [op for op in options.ops if not any(name.startswith(op) or op.startswith(name) for name in SETUPS)]
+    if unknown:
+        raise ValueError(f"--ops {unknown[0]} does not exist; choose from {', '.join(SETUPS)}")
+    wanted = options.ops or tuple(SETUPS)
+    setups = dict.fromkeys(setup for name, setup in SETUPS.items() if any(matches(name, op) for op in wanted))
+    sizes, rows = Sizes(options), []
+    torch.set_num_threads(options.threads)
+    with pdmd_kernels.use_backend("native"):
+        for setup in setups:
+            for case in setup(sizes, options.compile):
+                if any(case.name.startswith(op) for op in wanted):
+                    rows.append(measure(case, options.repeats))
+    return rows
+
+
+def matches(name: str, op: str) -> bool:
+    return name.startswith(op) or op.startswith(name)
+
+
+def measure(case: Case, repeats: int) -> Row:
+    """Times everything once a round."""
+    source = torch.zeros(max(case.bytes // 2, 1), dtype=torch.uint8)
+    target = torch.zeros_like(source)
+    timed = {"native": case.kernel, "eager": case.eager, "copy": lambda: target.copy_(source)}
+    if case.compiled is not None:
+        timed["compiled"] = case.compiled
+    times: dict[str, list[float]] = {name: [] for name in timed}
+    for _ in range(repeats + 1):
+        for name, function in timed.items():
+            start = time.perf_counter()
+            function()
+            times[name].append(time.perf_counter() - start)
+    medians = {name: statistics.median(values[1:]) for name, values in times.items()}
+    compiled = medians.get("compiled")
+    return Row(
+        name=case.name,
+        native_ms=1e3 * medians["native"],
+        eager_ms=1e3 * medians["eager"],
+        compiled_ms=None if compiled is None else 1e3 * compiled,
+        speedup=medians["eager"] / medians["native"],
+        speedup_over_compiled=None if compiled is None else compiled / medians["native"],
+        gb_per_s=case.bytes / medians["native"] / 1e9,
+        copy_gb_per_s=2 * nbytes(source) / medians["copy"] / 1e9,
+        share_of_copy=medians["copy"] / medians["native"] * case.bytes / (2 * nbytes(source)),
+    )
+
+
+def table_of(rows: Sequence[Row], title: str) -> Table:
+    table = Table(title=title)
+    table.add_column("op", no_wrap=True)
+    for heading in ("native ms", "eager ms", "compiled ms", "x eager", "x compiled", "GB/s", "of copy"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        compiled = (row.compiled_ms, row.speedup_over_compiled)
+        milliseconds, ratio = ("-" if value is None else f"{value:.2f}" for value in compiled)
+        cells = f"{row.native_ms:.2f}", f"{row.eager_ms:.2f}", milliseconds, f"{row.speedup:.2f}", ratio
+        table.add_row(row.name, *cells, f"{row.gb_per_s:.1f}", f"{row.share_of_copy:.0%}")
+    return table
+
+
+def save_rows(rows: Sequence[Row], folder: Path, title: str) -> None:
+    """kernels.csv and kernels.png, the speed-up over eager torch and the share of a copy's bandwidth."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "kernels.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(Row.__dataclass_fields__))
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+    figure, axes = pyplot.subplots(1, 2, sharey=True, figsize=(11, 0.4 * len(rows) + 1.6), layout="constrained")
+    names = [row.name for row in rows]
+    axes[0].barh(names, [row.speedup for row in rows], color="tab:blue", label="over eager torch")
+    if any(row.speedup_over_compiled for row in rows):
+        over = [row.speedup_over_compiled or 0 for row in rows]
+        axes[0].barh(names, over, height=0.35, color="tab:orange", label="over torch.compile")
+    axes[0].axvline(1, color="black", linewidth=0.8)
+    axes[0].set_xlabel("times faster")
+    axes[0].legend()
+    axes[0].invert_yaxis()
+    axes[1].barh(names, [100 * row.share_of_copy for row in rows], color="tab:green")
+    axes[1].axvline(100, color="black", linewidth=0.8)
+    axes[1].set_xlabel("% of a memory copy's bandwidth")
+    figure.suptitle(title)
+    figure.savefig(folder / "kernels.png", dpi=150)
+    pyplot.close(figure)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measures, prints and saves; exits with 2 for bad input."""
+    with user_errors():
+        options = parse_options(BenchmarkOptions, __doc__, arguments)
+        rows = benchmark(options)
+        size = "quick sizes" if options.quick else "Wan 14B, 81 x 480 x 832"
+        title = f"{size}, {options.dtype}, {options.threads} threads, {torch.ops.pdmd.cpu_capability()}"
+        if options.save is not None:
+            save_rows(rows, options.save, title)
+        if options.json is not None:
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            content = {"title": title, "rows": [asdict(row) for row in rows]}
+            options.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    Console().print(table_of(rows, title))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
