@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_pdmd.parallel import destroy_topology
+
 TOOL = Path(__file__).parents[1] / "tools" / "count_bytes.py"
 
 
@@ -22,6 +24,7 @@ def tool():
 @pytest.fixture
 def count(tool, monkeypatch, tmp_path):
     def run(*flags):
+        destroy_topology()  # an earlier test's
         monkeypatch.setenv("WORLD_SIZE", "1")
         monkeypatch.setattr(sys, "argv", ["count_bytes.py", *flags, "--json", str(tmp_path / "bytes.json")])
         tool.main()

@@ -4,6 +4,8 @@ from typing import Any
 
 import torch
 
+from pdmd_kernels import adamw_beta1_zero
+
 
 def moment_names(beta1: float) -> tuple[str, ...]:
     """The state that AdamW keeps of a parameter."""
@@ -14,13 +16,16 @@ class FusedAdamW(torch.optim.Optimizer):
     """AdamW with the interface that megatron-core expects of Transformer Engine's and apex's FusedAdam, on any device.
 
     ``step`` is kept once per parameter group, and one fused kernel updates all tensors of a group. With beta_1 = 0
-    the first moment is the gradient itself, so none is kept: the state of a parameter is ``exp_avg_sq`` alone. The
-    result is that of ``torch.optim.AdamW(fused=True)`` to the bit, beta_1 = 0 or not.
+    the first moment is the gradient itself, so none is kept: the state of a parameter is ``exp_avg_sq`` alone, and the
+    kernel is ours. The numbers are those of ``torch.optim.AdamW``.
 
     Args:
         params: parameters or parameter groups; gradients have the dtype and device of their parameters.
         lr, betas, eps, weight_decay: as in ``torch.optim.AdamW``.
         adam_w_mode: must be true; accepted because megatron-core passes it.
+
+    Attributes:
+        gradient_scale: a scalar tensor that the next step multiplies the gradients by (clipping); None is 1.
     """
 
     def __init__(
@@ -34,6 +39,7 @@ class FusedAdamW(torch.optim.Optimizer):
         adam_w_mode: bool = True,
     ) -> None:
         assert adam_w_mode, "only decoupled weight decay is implemented"
+        self.gradient_scale: torch.Tensor | None = None
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -45,6 +51,7 @@ class FusedAdamW(torch.optim.Optimizer):
             params = [p for p in group["params"] if p.grad is not None]
             if params:
                 self._update(params, group)
+        self.gradient_scale = None
 
     @torch.no_grad()
     def initialize_state(self) -> None:
@@ -61,16 +68,28 @@ class FusedAdamW(torch.optim.Optimizer):
         beta1, beta2 = group["betas"]
         for p in params:
             self._initialize(p, group)
-        grads = [p.grad for p in params]
-        # The kernel computes m <- g + beta_1 (m - g) element by element. With beta_1 = 0 and m the gradient's own
-        # memory, that leaves the gradient as it was.
-        first_moments = grads if beta1 == 0 else [self.state[p]["exp_avg"] for p in params]
+        grads, second_moments = [p.grad for p in params], [self.state[p]["exp_avg_sq"] for p in params]
+        if beta1 == 0:
+            adamw_beta1_zero(
+                params,
+                grads,
+                second_moments,
+                lr=group["lr"],
+                beta2=beta2,
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+                step=group["step"],
+                grad_scale=self.gradient_scale,
+            )
+            return
+        if self.gradient_scale is not None:
+            torch._foreach_mul_(grads, self.gradient_scale)
         step = torch.full((), float(group["step"]), dtype=torch.float32, device=params[0].device)
         torch._fused_adamw_(
             params,
             grads,
-            first_moments,
-            [self.state[p]["exp_avg_sq"] for p in params],
+            [self.state[p]["exp_avg"] for p in params],
+            second_moments,
             [],
             [step] * len(params),
             lr=group["lr"],

@@ -78,7 +78,10 @@ class RoleOptimizer:
         Args:
             gradient_norm: what ``gradient_norm()`` returned for this update. It is never read on the host.
         """
-        if self._clip_grad > 0:
+        fused = self._optimizer.optimizer
+        if self._clip_grad > 0 and isinstance(fused, FusedAdamW):
+            fused.gradient_scale = (self._clip_grad / (gradient_norm + 1e-6)).clamp(max=1.0)
+        elif self._clip_grad > 0:
             torch.nn.utils.clip_grads_with_norm_(self._optimizer.get_parameters(), self._clip_grad, gradient_norm)
         self._optimizer.step_with_ready_grads()
         start_param_gather(self._modules)

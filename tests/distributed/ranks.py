@@ -5,6 +5,7 @@ through a file, not a port. The first rank to fail takes the others down at once
 """
 
 import datetime
+import gc
 import math
 import os
 import signal
@@ -38,6 +39,8 @@ def run_ranks(
         RuntimeError: a rank failed (the message holds its traceback), was killed, or did not finish in time.
     """
     assert not dist.is_initialized(), "the parent's process group would be inherited; destroy it before forking"
+    # A process group that the parent dropped must not be collected in a child, which lacks the threads it waits for.
+    gc.collect()
     torch.set_num_threads(1)  # a forked child cannot use the parent's OpenMP threads and would wait for them forever
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -67,6 +70,7 @@ def _run_rank(
 ) -> None:
     """Be one rank. Never returns: the child must not unwind into the parent's test session."""
     exit_code = 1
+    gc.freeze()
     try:
         signal.alarm(math.ceil(timeout) + 1)  # ends the rank even if its parent is gone
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))

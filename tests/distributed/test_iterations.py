@@ -13,7 +13,7 @@ from diffusers import WanTransformer3DModel
 from megatron_pdmd import pretrain
 from megatron_pdmd.arguments import parse_arguments
 from megatron_pdmd.data.prompts import PromptEmbeddings
-from megatron_pdmd.models import WanConfig, WanModel, adapter_state_dict, add_adapter
+from megatron_pdmd.models import WanConfig, WanModel, adapter_state_dict, add_adapter, to_hf_state_dict
 from megatron_pdmd.training.sheets import SampleSheets
 
 # 45 tokens, which neither 2, 4 nor 8 ranks divide, and heads that all of them do.
@@ -21,6 +21,7 @@ MODEL = WanConfig(num_attention_heads=8, attention_head_dim=12, in_channels=3, o
                   ffn_dim=80, num_layers=1, rope_max_seq_len=32)  # fmt: skip
 LATENTS, SAMPLES, PROMPTS, PROMPT_LENGTH, BOUNDARY, ITERATIONS = (3, 3, 6, 10), 2, 6, 7, 0.8, 3
 EXPERTS = {"high_noise": "transformer", "low_noise": "transformer_2"}
+LAST_EXPERT = "low_noise"
 NUMBERS = ("fake_loss", "fake_grad_norm", "dmd_gradient", "score_gap", "generator_grad_norm")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GENERATORS = {  # an adapter whose B starts at zero has the smaller gradients
@@ -39,6 +40,7 @@ class Layout:
     method: str = "auto"
     data: int = 1
     micro_batches: int = 1  # of each data rank
+    kernels: str = "auto"
 
     @property
     def world(self) -> int:
@@ -50,16 +52,19 @@ class Layout:
             f"--tensor-model-parallel-size={self.tensor}",
             f"--context-parallel-size={self.context}",
             f"--context-parallel-method={self.method}",
+            f"--kernel-backend={self.kernels}",
             f"--micro-batch-size={SAMPLES // (self.data * self.micro_batches)}",
             *(["--sequence-parallel"] if self.sequence_parallel else []),
         ]
 
     def __str__(self) -> str:
-        return f"tp{self.tensor}{'sp' * self.sequence_parallel}-cp{self.context}{self.method}-dp{self.data}"
+        layout = f"tp{self.tensor}{'sp' * self.sequence_parallel}-cp{self.context}{self.method}-dp{self.data}"
+        return layout if self.kernels == "auto" else f"{layout}-{self.kernels}"
 
 
 LAYOUTS = [
     Layout(micro_batches=2),
+    Layout(kernels="reference"),
     Layout(data=2),
     Layout(tensor=2, sequence_parallel=True),
     Layout(tensor=4),
@@ -127,10 +132,15 @@ def new_teacher(seed: int) -> WanTransformer3DModel:
 
 @pytest.fixture(scope="module")
 def run_plainly(plain, flags, fp64_mode):
-    """The function ``run_plainly(generator, dtype, exact=False, *more_flags)``: the numbers of every iteration."""
+    """The function ``run_plainly(generator, dtype, exact=False, *more_flags)``.
+
+    It returns the numbers of every iteration, and what training added to the weights of the last phase's generator.
+    """
 
     @functools.cache
-    def run(generator: str, dtype: torch.dtype, exact: bool = False, *more: str) -> torch.Tensor:
+    def run(
+        generator: str, dtype: torch.dtype, exact: bool = False, *more: str
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         config, _ = parse_arguments([*flags, *GENERATORS[generator], *more])
         data = PromptEmbeddings.load(config.data.prompts)
 
@@ -161,7 +171,10 @@ def run_plainly(plain, flags, fp64_mode):
         for phase in (1, 2):
             distillation.start_phase(phase)
             rows += [distillation.run_iteration(index) for index in range(ITERATIONS)]
-        return numbers(rows)
+        start = dict(load_teacher(LAST_EXPERT).named_parameters())
+        end = distillation.generators[2].named_parameters()
+        changes = {name: (p - start[name]).detach() for name, p in end if name in start}
+        return numbers(rows), changes
 
     return run
 
@@ -171,10 +184,19 @@ def numbers(rows: list[dict[str, float]]) -> torch.Tensor:
     return torch.tensor([[row[name] for name in NUMBERS] for row in rows], dtype=torch.float64)
 
 
-def train(arguments: list[str]) -> None:
-    """One rank of a run, without the pictures of its samples."""
+def train(arguments: list[str]) -> dict[str, torch.Tensor]:
+    """One rank of a run, without the pictures of its samples; returns what it added to the last phase's generator."""
     SampleSheets.draw = lambda self, sampler, iteration: None
+    changes = {}
+
+    def keep_weights(plan, topology, networks, trainer):
+        start = to_hf_state_dict(networks.teacher[LAST_EXPERT])
+        end = to_hf_state_dict(networks.delivered(2).model)
+        changes.update({name: end[name] - tensor for name, tensor in start.items()})
+
+    pretrain.finish = keep_weights
     assert pretrain.main(arguments) == 0
+    return changes
 
 
 # Four ranks and more take long: one generator in each dtype.
@@ -198,15 +220,28 @@ def test_iterations_of_both_phases_equal_the_plain_run(
     rows = [json.loads(line) for line in log]
     assert [row["phase"] for row in rows] == [1] * ITERATIONS + [2] * ITERATIONS
     assert rows[-1]["skipped_updates"] == 0
-    plain, exact = run_plainly(generator, DTYPES[dtype]), run_plainly(generator, DTYPES[dtype], True)
+    plain, exact = (run_plainly(generator, DTYPES[dtype], is_exact)[0] for is_exact in (False, True))
     # Each number in units of its reference, so that the small ones count as much as the large ones.
     assert_as_accurate_as_torch((numbers(rows) / exact).float(), (plain / exact).float(), torch.ones_like(exact))
+
+
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
+def test_fused_and_plain_kernels_end_with_the_weights_of_the_plain_run(
+    kernels, flags, run_plainly, run_ranks, tmp_path, assert_as_accurate_as_torch
+):
+    arguments = [*flags, *Layout(kernels=kernels).flags, *GENERATORS["full"], f"--save={tmp_path / 'run'}"]
+    (ours,) = run_ranks(train, 1, arguments)
+    plain, exact = (run_plainly("full", torch.float32, is_exact)[1] for is_exact in (False, True))
+    assert ours.keys() == exact.keys()
+    for name, change in exact.items():
+        assert change.norm() > 0, name
+        assert_as_accurate_as_torch(ours[name], plain[name], change)
 
 
 @pytest.mark.parametrize("flag", ["--lr", "--fake-lr"])
 @pytest.mark.parametrize("generator", GENERATORS)
 def test_a_role_that_does_not_learn_would_be_noticed(generator, flag, run_plainly):
-    exact = run_plainly(generator, torch.float32, True)
-    plain, still = (run_plainly(generator, torch.float32, False, *more) for more in ((), (f"{flag}=1e-12",)))
+    exact, _ = run_plainly(generator, torch.float32, True)
+    plain, still = (run_plainly(generator, torch.float32, False, *more)[0] for more in ((), (f"{flag}=1e-12",)))
     rounding, change = ((numbers / exact - 1).norm() for numbers in (plain, still))
     assert change > 1e4 * rounding
