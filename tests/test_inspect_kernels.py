@@ -3,10 +3,12 @@
 import importlib.util
 import json
 import shutil
+import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 TOOL = Path(__file__).parents[1] / "tools" / "inspect_kernels.py"
 # One forward and one backward kernel of each shape of loop; the tool itself compiles all.
@@ -16,7 +18,7 @@ OPS = ("subinterval_loss", "modulated_layer_norm_backward", "rms_rope", "adamw_b
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
     spec = importlib.util.spec_from_file_location("inspect_kernels", TOOL)
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
@@ -38,6 +40,50 @@ def test_kernels_do_not_spill_and_move_the_minimum(tool: ModuleType, tmp_path: P
     assert by_kernel["modulated_layer_norm_backward_kernel"] == (8, 10)  # the last case: one scale per token
     assert by_kernel["adamw_beta1_zero_kernel"] == (10, 10)
     assert ("adamw_beta1_zero.cu with copy" in by_kernel) == (shutil.which("nvcc") is not None)
+
+
+def smallest_arguments() -> list[tuple[str, tuple]]:
+    """Ops and arguments of one sample, token, head or element, for which Triton turns sizes into constants."""
+
+    def make(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, device="meta")
+
+    one, x, y, row, weight, rope = make(1), make(1, 1, 2), make(1, 1), make(1, 1), make(2), make(1, 1, 2)
+    several, shared, rows, seeds = make(2, 3, 1), make(2, 1, 1), make(2, 3), torch.empty(1, dtype=int, device="meta")
+    return [
+        ("normal", (seeds, 1, 1)),
+        ("random_words", (seeds, 1, 0)),
+        ("subinterval_noise", (y, seeds, one, one, torch.bfloat16)),
+        ("subinterval_loss", (y, y, y, one, one, one, one)),
+        ("dmd_gradient", (y, y, 0.3, y, one, y, y, one, 1e-6)),
+        ("euler_step", (y, y, one, one, None)),
+        ("modulated_layer_norm", (x[..., :1], x[..., :1], x[..., :1], 1e-6)),
+        ("modulated_layer_norm_backward", (x, x, x, row, row, (True, True))),
+        ("modulated_layer_norm_backward", (several, several, shared, rows, rows, (False, True))),
+        ("gated_residual", (x, x, x)),
+        ("gated_residual_backward", (several, several, shared, (True, True))),
+        ("sum_of_squares", (y,)),
+        ("rms_rope", (x, weight, row, None, 1)),
+        ("rms_rope_backward_dots", (x, x, weight, row, rope, 1)),
+        ("rms_rope_backward_dx", (x, x, weight, row, row, rope, 1)),
+        ("rms_norm_rope", (x, weight, rope, 1, 1e-6)),
+        ("rms_norm_rope_backward", (x, x, weight, row, rope, 1)),
+        ("adamw_beta1_zero", ([one], [one], [one], [], 1e-3, 0.9, 1e-8, 0.0, 1, None)),
+    ]
+
+
+def test_kernels_compile_for_the_smallest_sizes(tool: ModuleType, tmp_path: Path) -> None:
+    triton = pytest.importorskip("triton")
+
+    from pdmd_kernels.triton import launcher
+    from pdmd_kernels.triton.launching import recorded_launches
+
+    with triton.knobs.cache.scope():
+        triton.knobs.cache.dir = str(tmp_path)
+        for op, arguments in smallest_arguments():
+            with recorded_launches() as launches:
+                launcher(op)(*arguments)
+            assert launches and all(tool.compiled(launch, "sm_90")[0] for launch in launches), op
 
 
 def test_a_kernel_that_reads_twice_fails(tool: ModuleType) -> None:
@@ -74,8 +120,6 @@ def test_a_bad_flag_is_one_line_and_exit_code_two(
 
 
 def test_every_operation_is_inspected(tool: ModuleType) -> None:
-    import torch
-
     from pdmd_kernels.triton import OPERATIONS
 
     assert set(tool.cases(torch.float32)) == set(OPERATIONS) - {"random_words"}

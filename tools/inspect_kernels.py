@@ -34,6 +34,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 TYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64"}
 WIDE = 16
 """Bytes of a 128-bit access."""
+TABLE_WIDTH = 120
+"""Columns of the table in a file."""
 OUTPUTS = {
     "stream_kernel": ("out",),
     "subinterval_noise_kernel": ("out",),
@@ -290,11 +292,11 @@ def inspect_cuda(nvcc: str, targets: list[str], folder: Path) -> Iterator[Findin
 
 
 def report(findings: list[Finding]) -> Table:
-    """The findings as a table; accesses (in bits) and bytes per element are loaded and stored, shared memory in bytes."""
+    """The findings as a table: widths in bits and bytes per element, loaded and stored, and shared memory in bytes."""
     table = Table(title="GPU kernels, compiled ahead of time")
     columns = ("kernel", "for", "reg", "spill", "smem", "bits", "B/element", "minimum", "verdict")
     for column in columns:
-        table.add_column(column, overflow="fold", no_wrap=column != "verdict")
+        table.add_column(column, no_wrap=column != "verdict")
     for f in findings:
         table.add_row(
             f.kernel.removesuffix("_kernel"),
@@ -336,8 +338,13 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     console, nvcc = Console(), shutil.which("nvcc")
-    with tempfile.TemporaryDirectory() as folder:
-        findings = list(inspect_triton(targets, dtypes, ops, Path(folder)))
+    if not console.is_terminal:
+        console = Console(width=TABLE_WIDTH)
+    findings = []
+    with tempfile.TemporaryDirectory() as folder, console.status("compiling") as status:
+        for finding in inspect_triton(targets, dtypes, ops, Path(folder)):
+            findings.append(finding)
+            status.update(f"compiled {finding.kernel} in {finding.dtype} for {finding.target}")
         if nvcc is not None and "adamw_beta1_zero" in ops:
             findings += inspect_cuda(nvcc, targets, Path(folder))
     console.print(report(findings))

@@ -20,10 +20,8 @@ def _guided(teacher, unconditional, guidance, base, lane, mask, CFG: tl.constexp
     guided = tl.load(teacher + base + lane, mask=mask).to(tl.float32)
     if CFG:
         plain = tl.load(unconditional + base + lane, mask=mask).to(tl.float32)
-        if FROM_TEACHER:
-            guided = guided - (guided - plain) * guidance
-        else:
-            guided = plain + (guided - plain) * guidance
+        end = guided if FROM_TEACHER else plain
+        guided = end + (guided - plain) * guidance
     return guided
 
 
@@ -123,7 +121,7 @@ def dmd_gradient(
         "unconditional": unconditional,
         "weight": weight,
         "numel": numel,
-        "guidance": 1.0 - guidance if near_teacher else float(guidance),
+        "guidance": guidance - 1.0 if near_teacher else float(guidance),
         "CFG": unconditional is not None,
         "FROM_TEACHER": near_teacher,
         "BLOCK": BLOCK,

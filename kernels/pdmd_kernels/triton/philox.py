@@ -71,7 +71,7 @@ def _radius(odd):
 
 @triton.jit
 def _cos_sin(odd):
-    """cos and sin of 2 pi odd 2^-24: the integer holds the quadrant and z in [-1/2, 1/2), the angle is pi z / 2 more."""
+    """cos and sin of 2 pi odd 2^-24. The integer holds a quadrant and z in [-1/2, 1/2), beyond it pi z / 2."""
     quadrant = (odd + 0x200000) >> 22
     z = (odd - (quadrant << 22)).to(tl.float32) * 2.384185791015625e-07
     w = z * z

@@ -1,7 +1,7 @@
 """y = rope(x rstd weight) with rstd = (mean(x^2) + eps)^(-1/2), where one rank holds all heads: one pass each way.
 
-With g = unrope(grad) and n = x rstd: dx = rstd (g weight - n mean(g weight n)), dweight = sum(g n) over the tokens. Each
-program keeps its rows in registers. dweight is summed in two stages, in a fixed order.
+With g = unrope(grad) and n = x rstd: dx = rstd (g weight - n mean(g weight n)), dweight = sum(g n) over the tokens.
+Each program keeps its rows in registers. dweight is summed in two stages, in a fixed order.
 """
 
 import torch

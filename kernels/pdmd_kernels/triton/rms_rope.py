@@ -260,7 +260,7 @@ def rms_rope_backward_dx(
 
 
 def _cut(x: Tensor, rope: Tensor | None, heads: int) -> tuple[tuple[int], dict[str, Any]]:
-    """The grid, and the arguments that say how x [B, S, n] is cut: without rotations any chunk of n serves as a head."""
+    """The grid, and the arguments that say how x [B, S, n] is cut; a head may be any chunk without rotations."""
     samples, tokens, width = x.shape
     head_dim = _CHUNK if rope is None else width // heads
     block = padded(head_dim)

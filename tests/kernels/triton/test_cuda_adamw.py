@@ -1,7 +1,6 @@
-"""The CUDA kernel of AdamW: its arithmetic, compiled for the host, is torch's to the bit; its code does not spill."""
+"""The CUDA kernel of AdamW: its arithmetic, compiled for the host, is torch's to the bit."""
 
 import ctypes
-import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -60,14 +59,3 @@ def test_bf16_is_read_exactly_and_rounded_to_nearest_even(host: ctypes.CDLL) -> 
         host.narrow_host(ctypes.c_int64(2**16), address(part), address(narrow))
         assert torch.equal(narrow.isnan(), part.isnan())
         assert torch.equal(narrow[~part.isnan()], part.bfloat16()[~part.isnan()])
-
-
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc: the CUDA kernel cannot be compiled")
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a", "sm_100a"])
-def test_the_kernel_compiles_without_spills(tmp_path: Path, architecture: str) -> None:
-    source, cubin = CUDA / "adamw_beta1_zero.cu", tmp_path / "kernel.cubin"
-    command = ["nvcc", "-std=c++17", "-O3", f"-arch={architecture}", "--resource-usage", "-cubin", "-o", str(cubin)]
-    output = subprocess.run([*command, str(source)], check=True, capture_output=True, text=True).stderr
-    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", output)
-    assert len(spills) == 4 and all(counts == ("0", "0", "0") for counts in spills)
-    assert all(int(count) <= 64 for count in re.findall(r"Used (\d+) registers", output))

@@ -8,9 +8,9 @@ from kernel_checks import run
 from torch import Tensor
 
 BOTH = (torch.float32, torch.bfloat16)
-SIZES = ((2, 5, 24), (1, 37, 136), (2, 3, 1536), (1, 2, 5), (1, 130, 40))
+SIZES = ((2, 5, 24), (2, 3, 1536), (1, 1, 5), (1, 130, 40))
 CASES = list(product(SIZES, BOTH, (False, True)))
-MASKS = [(True, True), (True, False), (False, True), (False, False)]
+MASKS = ((True, True), (True, False), (False, True))
 LONG = (1, 3, 13824)
 
 

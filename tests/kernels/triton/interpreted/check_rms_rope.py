@@ -10,7 +10,7 @@ from torch import Tensor
 from pdmd_kernels.reference import primitives
 
 BOTH = (torch.float32, torch.bfloat16)
-SIZES = ((2, 5, 3, 8), (1, 40, 2, 96), (1, 3, 12, 128), (2, 1, 1, 2), (1, 130, 5, 6))
+SIZES = ((2, 40, 2, 96), (1, 3, 12, 128), (1, 1, 1, 2), (1, 70, 5, 6))
 CASES = list(product(SIZES, BOTH, (False, True)))
 
 
