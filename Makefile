@@ -8,7 +8,8 @@ setup: .venv/.complete
 
 .venv/.complete: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/pip install --quiet --constraint constraints.txt torch "scikit-build-core>=0.11" ninja
+	$(BIN)/pip install --quiet --no-build-isolation --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
 quickstart: setup
