@@ -38,6 +38,7 @@ from megatron_pdmd.models import WanConfig, adapter_state_dict, from_hf
 from megatron_pdmd.parallel import destroy_topology, initialize_topology
 from megatron_pdmd.training.networks import Networks
 from megatron_pdmd.training.phase import PhaseTrainer
+from pdmd_kernels import use_backend
 
 TINY_WAN = Path(__file__).resolve().parents[1] / "examples" / "tiny_wan"
 PROMPTS = 16
@@ -88,6 +89,8 @@ class BenchmarkOptions:
     """Numbers of the networks."""
     generator: Literal["lora", "full"] = "lora"
     """Trained parameters of the generator."""
+    kernel_backend: Literal["auto", "native", "reference"] = "auto"
+    """Who runs our elementwise ops."""
     threads: int = 0
     """Threads of both sides; 0 takes torch's own choice."""
     repeats: int = 10
@@ -375,7 +378,7 @@ def main(arguments: list[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     rows, kinds = [], []
     for size, dtype in itertools.product(options.sizes, options.dtypes):
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, use_backend(options.kernel_backend):
             row, own_kinds = benchmark(size, dtype, options, Path(folder))
         rows.append(row)
         kinds += own_kinds
