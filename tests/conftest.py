@@ -1,8 +1,11 @@
 """Fixtures for tests that need ranks or a topology."""
 
+import functools
 import importlib.util
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -51,6 +54,23 @@ def run_ranks() -> Callable[..., list[Any]]:
         return ranks.run_ranks(*arguments, **options)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def load_tool() -> Callable[[str], ModuleType]:
+    """The function ``load_tool(name)``: a program of tools/ as a module, its neighbours found as when it runs."""
+    tools = Path(__file__).parents[1] / "tools"
+
+    @functools.cache
+    def load(name: str) -> ModuleType:
+        spec = importlib.util.spec_from_file_location(name, tools / f"{name}.py")
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.syspath_prepend(str(tools))
+            spec.loader.exec_module(module)
+        return module
+
+    return load
 
 
 @pytest.fixture

@@ -1,10 +1,7 @@
 """tools/benchmark_step.py: what it times, and what it refuses."""
 
 import csv
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,22 +9,10 @@ import torch
 from megatron_pdmd.models import WanConfig
 from megatron_pdmd.parallel import destroy_topology
 
-TOOLS = Path(__file__).resolve().parents[1] / "tools"
-
 
 @pytest.fixture(scope="module")
-def tool():
-    """The tool as a module; its neighbour plain_iteration is found as when it runs as a program."""
-    spec = importlib.util.spec_from_file_location("benchmark_step", TOOLS / "benchmark_step.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    sys.path.insert(0, str(TOOLS))
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(TOOLS))
-    yield module
-    del sys.modules[spec.name], sys.modules["plain_iteration"]
+def tool(load_tool):
+    yield load_tool("benchmark_step")
     destroy_topology()
 
 

@@ -1,24 +1,16 @@
 """The byte counter's numbers against the sizes of the parameters."""
 
-import importlib.util
 import json
 import sys
-from pathlib import Path
 
 import pytest
 
 from megatron_pdmd.parallel import destroy_topology
 
-TOOL = Path(__file__).parents[1] / "tools" / "count_bytes.py"
-
 
 @pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location("count_bytes", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+def tool(load_tool):
+    return load_tool("count_bytes")
 
 
 @pytest.fixture

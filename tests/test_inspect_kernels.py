@@ -1,26 +1,20 @@
 """The compiler's output for the GPU kernels: no spills, 128-bit accesses, the least bytes per element."""
 
-import importlib.util
 import json
 import shutil
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
-TOOL = Path(__file__).parents[1] / "tools" / "inspect_kernels.py"
 # One forward and one backward kernel of each shape of loop; the tool itself compiles all.
 OPS = ("subinterval_loss", "modulated_layer_norm_backward", "rms_rope", "adamw_beta1_zero")
 
 
 @pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("inspect_kernels", TOOL)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def tool(load_tool):
+    return load_tool("inspect_kernels")
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])

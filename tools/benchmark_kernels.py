@@ -2,14 +2,21 @@
 
     python tools/benchmark_kernels.py --save DIR
     python tools/benchmark_kernels.py --quick --no-compile --json FILE
+    python tools/benchmark_kernels.py --ops subinterval --objective-memory
 
-Sizes are those of Wan 14B at 81 x 480 x 832: latents of 16 x 21 x 60 x 104, 32,760 tokens of 5120 channels. In each
-round everything is timed once, so that all see the same machine; the table has the medians. GB/s counts the bytes that
-the op must move at least, and stands beside the copy's. Eager torch is each op's plain twin, given the noise where the
-kernel draws it again. The folder takes kernels.csv and kernels.png.
+Sizes are those of Wan 14B at 81 x 480 x 832: latents of 16 x 21 x 60 x 104, 32,760 tokens of 5120 channels. The table
+has medians; each round times a kernel and a copy, so that both see the same machine. GB/s counts the bytes that the op
+must move at least, and stands beside those of Tensor.copy_ into a tensor that exists. The C allocator is told to keep
+freed memory, so that after the first round, which is not counted, the results of every side lie in memory that it has
+had before: nobody pays for new pages, as in a training step. Eager torch is each op's plain twin, given the noise where
+the kernel draws it again. The folder takes kernels.csv and kernels.png.
+
+Drawing noise is bound by arithmetic, not by memory: see kernels/csrc/cpu/philox.h for the instructions of a normal.
+--objective-memory shows what one fake update's objective allocates at its peak, by torch's profiler.
 """
 
 import csv
+import ctypes
 import json
 import statistics
 import sys
@@ -30,6 +37,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 LATENTS, QUICK_LATENTS = (1, 16, 21, 60, 104), (2, 16, 3, 6, 10)
 TOKENS, QUICK_TOKENS = (1, 32760, 5120), (1, 78, 256)
 HEAD_DIM = 128
+LARGEST_COPY = 2**28
+"""Bytes; several times the caches, and little beside the activations."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +53,12 @@ class BenchmarkOptions:
     """Threads of torch."""
     repeats: int = 7
     """Rounds, of which the medians are taken; one more comes first and is not counted."""
+    seconds: float = 4.0
+    """For each side of a row: after these no round starts, if three have been counted."""
     compile: bool = True
     """Also time torch.compile's code for the plain twin."""
+    objective_memory: bool = False
+    """Also measure what one fake update's objective allocates at its peak, fused and eager."""
     quick: bool = False
     """Small sizes, to see that it runs; the numbers mean little."""
     save: Path | None = None
@@ -122,7 +135,7 @@ def both_passes(
     """The forward pass alone, and forward with backward; `moved` is the bytes of each."""
     optimised = torch.compile(twin, dynamic=False) if compiled else None
 
-    def timed(function: Callable[..., object] | None, *, train: bool) -> Callable[[], object] | None:
+    def bound(function: Callable[..., object] | None, *, train: bool) -> Callable[[], object] | None:
         if function is None:
             return None
         if train:
@@ -132,9 +145,9 @@ def both_passes(
     return [
         Case(
             f"{name}, {label}",
-            timed(kernel, train=train),
-            timed(twin, train=train),
-            timed(optimised, train=train),
+            bound(kernel, train=train),
+            bound(twin, train=train),
+            bound(optimised, train=train),
             size,
         )
         for label, train, size in (("fwd", False, moved[0]), ("fwd+bwd", True, sum(moved)))
@@ -224,6 +237,7 @@ def block_cases(sizes: Sizes, compiled: bool) -> list[Case]:
             lambda n: lambda *a: n.modulated_layer_norm(*a, eps=1e-6),
         ),
         "gated_residual": ([x, h, gate], [grad], (3, 3), lambda n: n.gated_residual),
+        "gelu_tanh": ([x], [grad], (2, 3), lambda n: n.gelu_tanh),
         "qk_norm_rope": ([x, h, *weights], [grad, grad], (4, 6), lambda n: lambda *a: n.qk_norm_rope(*a, **norm)),
     }
     cases = []
@@ -258,6 +272,7 @@ SETUPS = {
     "euler_step": gradient_cases,
     "modulated_layer_norm": block_cases,
     "gated_residual": block_cases,
+    "gelu_tanh": block_cases,
     "qk_norm_rope": block_cases,
     "adamw": optimizer_cases,
 }
@@ -274,6 +289,8 @@ def benchmark(options: BenchmarkOptions) -> list[Row]:
     for flag, value in (("--threads", options.threads), ("--repeats", options.repeats)):
         if value < 1:
             raise ValueError(f"{flag} is {value}; it must be at least 1")
+    if options.seconds < 0:
+        raise ValueError(f"--seconds is {options.seconds}; it must not be negative")
     unknown = [op for op in options.ops if not any(name.startswith(op) or op.startswith(name) for name in SETUPS)]
     if unknown:
         raise ValueError(f"--ops {unknown[0]} does not exist; choose from {', '.join(SETUPS)}")
@@ -281,11 +298,12 @@ def benchmark(options: BenchmarkOptions) -> list[Row]:
     setups = dict.fromkeys(setup for name, setup in SETUPS.items() if any(matches(name, op) for op in wanted))
     sizes, rows = Sizes(options), []
     torch.set_num_threads(options.threads)
+    keep_freed_memory()
     with pdmd_kernels.use_backend("native"):
         for setup in setups:
             for case in setup(sizes, options.compile):
                 if any(case.name.startswith(op) for op in wanted):
-                    rows.append(measure(case, options.repeats))
+                    rows.append(measure(case, options.repeats, options.seconds))
     return rows
 
 
@@ -293,20 +311,30 @@ def matches(name: str, op: str) -> bool:
     return name.startswith(op) or op.startswith(name)
 
 
-def measure(case: Case, repeats: int) -> Row:
-    """Times everything once a round."""
-    source = torch.zeros(max(case.bytes // 2, 1), dtype=torch.uint8)
-    target = torch.zeros_like(source)
-    timed = {"native": case.kernel, "eager": case.eager, "copy": lambda: target.copy_(source)}
+def keep_freed_memory() -> None:
+    """Has the C allocator take large blocks from its heap too, and return none by itself; no effect without glibc."""
+    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, -1)
+
+
+def release_freed_memory() -> None:
+    """Returns it to the system, before another side fragments what this one has used."""
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim is not None:
+        malloc_trim(0)
+
+
+def measure(case: Case, repeats: int, seconds: float) -> Row:
+    """Times the kernel and the copy in turns, then each of the other sides."""
+    source = torch.ones(max(min(case.bytes // 2, LARGEST_COPY), 1), dtype=torch.uint8)
+    target = torch.empty_like(source)
+    medians = timed({"native": case.kernel, "copy": lambda: target.copy_(source)}, repeats, seconds)
+    medians |= timed({"eager": case.eager}, repeats, seconds)
     if case.compiled is not None:
-        timed["compiled"] = case.compiled
-    times: dict[str, list[float]] = {name: [] for name in timed}
-    for _ in range(repeats + 1):
-        for name, function in timed.items():
-            start = time.perf_counter()
-            function()
-            times[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(values[1:]) for name, values in times.items()}
+        medians |= timed({"compiled": case.compiled}, repeats, seconds)
     compiled = medians.get("compiled")
     return Row(
         name=case.name,
@@ -319,6 +347,56 @@ def measure(case: Case, repeats: int) -> Row:
         copy_gb_per_s=2 * nbytes(source) / medians["copy"] / 1e9,
         share_of_copy=medians["copy"] / medians["native"] * case.bytes / (2 * nbytes(source)),
     )
+
+
+def objective_memory(options: BenchmarkOptions) -> dict[str, int]:
+    """Bytes that one fake update's objective has allocated at its peak, given x_s, seeds and the model's output.
+
+    Returns:
+        "fused", "eager", and "minimum": those of x_t, which the model keeps, and of the output's gradient.
+    """
+    sizes = Sizes(options)
+    x_s, output = sizes.latents(), sizes.latents(sizes.dtype).requires_grad_()
+    factors, seeds = [sizes.factor() for _ in range(4)], torch.arange(len(x_s))
+
+    def update(namespace: object, noise: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+        eps = noise()
+        x_t = namespace.subinterval_noise(x_s, eps, *factors[:2], sizes.dtype)
+        loss = namespace.subinterval_loss(output, x_s, eps, *factors).mean()
+        return x_t, torch.autograd.grad(loss, output)[0]
+
+    with pdmd_kernels.use_backend("native"):
+        fused = peak_bytes(lambda: update(pdmd_kernels, lambda: seeds))
+    eager = peak_bytes(lambda: update(pdmd_kernels.reference, lambda: torch.randn_like(x_s)))
+    return {"fused": fused, "eager": eager, "minimum": 2 * nbytes(output)}
+
+
+def peak_bytes(function: Callable[[], object]) -> int:
+    """The most that is allocated at once while a function runs, its results included."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profiler:
+        results = function()
+    changes = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    allocated = peak = 0
+    for change in sorted(changes, key=lambda e: e.start_ns()):
+        allocated += change.nbytes()
+        peak = max(peak, allocated)
+    del results
+    return peak
+
+
+def timed(functions: dict[str, Callable[[], object]], repeats: int, seconds: float) -> dict[str, float]:
+    """Medians of what each takes, in seconds."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for i in range(repeats + 1):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            times[name].append(time.perf_counter() - start)
+        if i >= 3 and sum(map(sum, times.values())) > seconds:
+            break
+    release_freed_memory()
+    return {name: statistics.median(values[1:]) for name, values in times.items()}
 
 
 def table_of(rows: Sequence[Row], title: str) -> Table:
@@ -369,15 +447,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with user_errors():
         options = parse_options(BenchmarkOptions, __doc__, arguments)
         rows = benchmark(options)
+        memory = objective_memory(options) if options.objective_memory else None
         size = "quick sizes" if options.quick else "Wan 14B, 81 x 480 x 832"
         title = f"{size}, {options.dtype}, {options.threads} threads, {torch.ops.pdmd.cpu_capability()}"
         if options.save is not None:
             save_rows(rows, options.save, title)
         if options.json is not None:
             options.json.parent.mkdir(parents=True, exist_ok=True)
-            content = {"title": title, "rows": [asdict(row) for row in rows]}
+            content = {"title": title, "rows": [asdict(row) for row in rows], "objective_bytes": memory}
             options.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    Console().print(table_of(rows, title))
+    console = Console()
+    console.print(table_of(rows, title))
+    if memory is not None:
+        values = ", ".join(f"{name} {value / 1e6:.1f} MB" for name, value in memory.items())
+        console.print(f"peak of one fake update's objective beside x_s and the output: {values}")
     return 0
 
 

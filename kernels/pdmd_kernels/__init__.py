@@ -6,7 +6,7 @@ plain-torch twin is `pdmd_kernels.reference.<op>`; `use_backend` chooses who run
 
 from pdmd_kernels import reference
 from pdmd_kernels.backend import available_backends, use_backend
-from pdmd_kernels.blocks import gated_residual, modulated_layer_norm, qk_norm_rope
+from pdmd_kernels.blocks import gated_residual, gelu_tanh, modulated_layer_norm, qk_norm_rope
 from pdmd_kernels.latents import (
     diffuse,
     dmd_gradient,
@@ -25,6 +25,7 @@ __all__ = [
     "dmd_gradient",
     "euler_step",
     "gated_residual",
+    "gelu_tanh",
     "modulated_layer_norm",
     "normal",
     "qk_norm_rope",

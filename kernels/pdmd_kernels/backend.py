@@ -23,6 +23,8 @@ BackendName = Literal["auto", "triton", "native", "reference"]
 BACKENDS: tuple[BackendName, ...] = ("auto", "triton", "native", "reference")
 KERNEL_DTYPES = frozenset((torch.float32, torch.bfloat16))
 
+_NATIVE_CHOICES = ("auto", "native")
+
 _CHOSEN: ContextVar[BackendName] = ContextVar("pdmd_kernel_backend", default="auto")
 _HAS_NATIVE = native.load(list(pdmd_kernels.__path__))
 _HAS_TRITON = triton.is_available()
@@ -94,6 +96,16 @@ def select(*tensors: Tensor) -> ModuleType | SimpleNamespace:
     elif name != "auto":
         raise ValueError(f"kernel backend {name} does not run on {kind} tensors; choose auto or reference")
     return primitives
+
+
+def runs_native(*tensors: Tensor) -> bool:
+    """Whether the C++ kernels take tensors, of which the first decides by its dtype; costs less than `select`."""
+    if not _HAS_NATIVE or _CHOSEN.get() not in _NATIVE_CHOICES or tensors[0].dtype not in KERNEL_DTYPES:
+        return False
+    for tensor in tensors:  # noqa: SIM110 (all() over a generator takes three times as long)
+        if not tensor.is_cpu:
+            return False
+    return True
 
 
 @functools.cache

@@ -1,16 +1,21 @@
 """The transformer block's memory-bound ops: adaptive layer norm, gated residual, and the norm and rotation of q and k.
 
 Each saves its inputs in the dtype they came in, and computes in fp32 (fp64 for fp64 input).
+
+For CPU tensors the C++ library differentiates its kernels itself, and checks the arguments, because Python would take
+longer than the kernels do on small tensors. What it refuses goes through the checks here, which say why.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from pdmd_kernels import checks
-from pdmd_kernels.backend import select
+from pdmd_kernels.backend import runs_native, select
+from pdmd_kernels.reference import primitives
 
 Reduce = Callable[[Tensor], object]
 
@@ -123,6 +128,10 @@ def modulated_layer_norm(x: Tensor, shift: Tensor, scale: Tensor, *, eps: float)
     Raises:
         ValueError: shapes, dtypes or devices that do not fit.
     """
+    if runs_native(x, shift, scale):
+        result = _accepted(torch.ops.pdmd.differentiable_modulated_layer_norm.default, x, shift, scale, eps)
+        if result is not None:
+            return result
     checks.rows(x, "x")
     checks.modulation(shift, x, "shift")
     checks.modulation(scale, x, "scale")
@@ -148,6 +157,10 @@ def gated_residual(x: Tensor, h: Tensor, gate: Tensor) -> Tensor:
     Raises:
         ValueError: shapes, dtypes or devices that do not fit.
     """
+    if runs_native(x, h, gate):
+        result = _accepted(torch.ops.pdmd.differentiable_gated_residual.default, x, h, gate)
+        if result is not None:
+            return result
     checks.rows(x, "x")
     checks.same_shape(h, x, "h", "x")
     checks.same_dtype(h, x, "h", "x")
@@ -156,6 +169,27 @@ def gated_residual(x: Tensor, h: Tensor, gate: Tensor) -> Tensor:
     if torch.is_grad_enabled():
         return _GatedResidual.apply(x, h, gate)
     return select(x).gated_residual(x, h, gate)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))); the backward pass computes it again from x.
+
+    There is no Triton kernel: on CUDA torch's own gelu already takes no longer than its memory traffic.
+
+    Args:
+        x: of any shape.
+
+    Returns:
+        The shape and dtype of x.
+
+    Raises:
+        ValueError: x is not floating, or the chosen backend does not run on its device.
+    """
+    checks.floating(x, "x")
+    if runs_native(x):
+        return torch.ops.pdmd.differentiable_gelu_tanh.default(x)
+    select(x)  # refuses a backend that does not run here, and says so where the C++ kernels are missing
+    return primitives.gelu_tanh(x.contiguous())
 
 
 def qk_norm_rope(
@@ -189,6 +223,13 @@ def qk_norm_rope(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit.
     """
+    turns = rope is not None
+    alone = reduce is None and size == query.shape[-1] and not (turns and key.shape != query.shape)
+    if alone and runs_native(query, key, query_weight, key_weight, *((rope,) if turns else ())):
+        arguments = query, key, query_weight, key_weight, rope, heads, eps
+        result = _accepted(torch.ops.pdmd.differentiable_qk_norm_rope.default, *arguments)
+        if result is not None:
+            return result
     checks.rows(query, "query")
     _check_key(query, key, rope)
     _check_weight(query_weight, query, "query_weight")
@@ -197,6 +238,14 @@ def qk_norm_rope(
     arguments = query.contiguous(), key.contiguous(), query_weight.contiguous(), key_weight.contiguous()
     rope = None if rope is None else rope.contiguous()
     return _QKNormRope.apply(*arguments, rope, heads, eps, size, reduce)
+
+
+def _accepted(op: Callable[..., Any], *arguments: Any) -> Any:
+    """The result of an op of the C++ library, or none if it refuses its arguments."""
+    try:
+        return op(*arguments)
+    except ValueError:
+        return None
 
 
 def _halves(joined: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:

@@ -76,5 +76,5 @@ def coefficients(x: Tensor, x_name: str, dtype: torch.dtype, **named: Tensor) ->
         on_device(value, x, name)
         if value.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name} requires a gradient, which this op does not give; detach it")
-        converted.append(value.to(dtype).contiguous())
+        converted.append(value if value.dtype == dtype and value.is_contiguous() else value.to(dtype).contiguous())
     return converted

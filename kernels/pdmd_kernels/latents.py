@@ -5,7 +5,8 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from pdmd_kernels import checks
-from pdmd_kernels.backend import select
+from pdmd_kernels.backend import KERNEL_DTYPES, select
+from pdmd_kernels.reference import primitives
 from pdmd_kernels.reference.latents import exact_dtype, expanded
 
 
@@ -57,6 +58,11 @@ class _SubintervalLoss(torch.autograd.Function):
         gradient, ctx.gradient = ctx.gradient, None
         if gradient is None:  # an earlier pass, which kept the graph, has given it away
             gradient = ctx.kernels.subinterval_loss(*ctx.saved_tensors)[1]
+        if gradient.is_cpu and gradient.dtype != grad.dtype:
+            # Factors without a dim: with others, torch's CPU code converts the whole gradient to fp32 and back.
+            for sample, factor in zip(gradient, grad, strict=True):
+                sample.mul_(factor)
+            return (gradient, *(None,) * 6)
         return (gradient.mul_(expanded(grad, gradient, grad.dtype)), *(None,) * 6)
 
 
@@ -246,6 +252,8 @@ def _combined(
     x: Tensor, y: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype, copy_dtype: torch.dtype | None
 ) -> Tensor | tuple[Tensor, Tensor]:
     kernels = select(x, x if y.dtype == torch.int64 else y)
+    if not KERNEL_DTYPES.issuperset((dtype, copy_dtype or dtype)):
+        kernels = primitives
     if copy_dtype is None:
         return kernels.subinterval_noise(x, y, a, b, dtype)
     if x.dtype == torch.float32:

@@ -36,6 +36,8 @@ SCHEMAS = {
     "rms_norm_rope": "(Tensor x, Tensor weight, Tensor? rope, int heads, float eps) -> (Tensor y, Tensor rstd)",
     "rms_norm_rope_backward": "(Tensor grad, Tensor x, Tensor weight, Tensor rstd, Tensor? rope, int heads)"
     " -> (Tensor dx, Tensor dweight)",
+    "gelu_tanh": "(Tensor x) -> Tensor",
+    "gelu_tanh_backward": "(Tensor grad, Tensor x) -> Tensor",
     "adamw_beta1_zero": "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avg_sqs, Tensor(c!)[] copies, float lr,"
     " float beta2, float eps, float weight_decay, int step, Tensor? grad_scale) -> ()",
 }
@@ -129,6 +131,14 @@ def _rms_norm_rope_backward(
     return torch.empty_like(x), torch.empty_like(weight, dtype=rstd.dtype)
 
 
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _gelu_tanh_backward(grad: Tensor, x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
 def _adamw_beta1_zero(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -161,6 +171,8 @@ _FAKES = {
     "rms_rope_backward_dx": _rms_rope_backward_dx,
     "rms_norm_rope": _rms_norm_rope,
     "rms_norm_rope_backward": _rms_norm_rope_backward,
+    "gelu_tanh": _gelu_tanh,
+    "gelu_tanh_backward": _gelu_tanh_backward,
     "adamw_beta1_zero": _adamw_beta1_zero,
 }
 

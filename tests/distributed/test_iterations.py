@@ -1,10 +1,8 @@
 """Whole iterations of both phases on many ranks, against the plain baseline of tools/plain_iteration.py in fp64."""
 
 import functools
-import importlib.util
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
@@ -75,13 +73,9 @@ LAYOUTS = [
 
 
 @pytest.fixture(scope="module")
-def plain():
+def plain(load_tool):
     """The module tools/plain_iteration.py."""
-    path = Path(__file__).resolve().parents[2] / "tools" / "plain_iteration.py"
-    spec = importlib.util.spec_from_file_location("plain_iteration", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("plain_iteration")
 
 
 @pytest.fixture(scope="module")

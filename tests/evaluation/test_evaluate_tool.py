@@ -1,6 +1,5 @@
 """tools/evaluate.py on folders as tools/generate.py writes them."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -19,13 +18,8 @@ PROMPTS = [motion.prompt for motion in all_motions()] * 2
 
 
 @pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location("evaluate_tool", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+def tool(load_tool):
+    return load_tool("evaluate")
 
 
 @pytest.fixture

@@ -48,6 +48,10 @@ QK = {"eps": 1e-6, "size": 6, "heads": 3}
         ("gated_residual", (ROWS, ROWS.bfloat16(), GATE), {}, "h is torch.bfloat16"),
         ("gated_residual", (ROWS, ROWS, GATE.to("meta")), {}, "gate is on meta"),
         ("gated_residual", (ROWS, ROWS[:, :2], GATE), {}, r"h is \[2, 2, 6\]"),
+        ("qk_norm_rope", (ROWS, ROWS[:1], WEIGHT, WEIGHT), QK, r"key is \[1, 4, 6\]"),
+        ("qk_norm_rope", (ROWS, ROWS.bfloat16(), WEIGHT, WEIGHT), QK, "key is torch.bfloat16"),
+        ("qk_norm_rope", (ROWS, ROWS, WEIGHT, WEIGHT.to("meta")), QK, "key_weight is on meta"),
+        ("gelu_tanh", (ROWS.long(),), {}, "x is torch.int64"),
         ("qk_norm_rope", (ROWS, ROWS[..., :4], WEIGHT, WEIGHT), QK, r"key is \[2, 4, 4\]"),
         ("qk_norm_rope", (ROWS, ROWS[:, :2], WEIGHT, WEIGHT), QK | {"rope": ROPE}, r"key is \[2, 2, 6\]"),
         ("qk_norm_rope", (ROWS, ROWS, WEIGHT[:3], WEIGHT), QK, r"query_weight is \[3\]"),
@@ -109,6 +113,13 @@ def test_fp64_runs_on_the_plain_twin_beside_the_native_kernels():
         assert torch.equal(pdmd_kernels.diffuse(x, x, ONE, ONE), pdmd_kernels.reference.diffuse(x, x, ONE, ONE))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
+def test_results_in_a_dtype_that_kernels_do_not_write_come_from_the_plain_twin(dtype, backend):
+    x = torch.linspace(-3, 3, 6).view(2, 3)
+    assert torch.equal(pdmd_kernels.subinterval_noise(x, x, ONE, ONE, dtype), (2 * x).to(dtype))
+    assert torch.equal(pdmd_kernels.euler_step(x, x, ONE, ONE, dtype)[1], (2 * x).to(dtype))
+
+
 def samples() -> dict[str, tuple]:
     """Arguments for each op, small and awkward."""
     generator = torch.Generator().manual_seed(0)
@@ -135,6 +146,8 @@ def samples() -> dict[str, tuple]:
         "rms_rope_backward_dx": (rows, rows, weight, per_token, per_token, rope, 2),
         "rms_norm_rope": (rows, weight, rope, 2, 1e-6),
         "rms_norm_rope_backward": (rows, rows, weight, per_token, rope, 2),
+        "gelu_tanh": (x,),
+        "gelu_tanh_backward": (x, x),
         "adamw_beta1_zero": ([x], [x.clone()], [x.abs()], [x.bfloat16()], 0.1, 0.9, 1e-8, 0.0, 1, None),
     }
 
@@ -144,14 +157,44 @@ def test_torch_finds_no_fault_with_an_op(name):
     torch.library.opcheck(getattr(torch.ops.pdmd, name).default, samples()[name])
 
 
+def differentiable_samples() -> dict[str, tuple]:
+    """Arguments for each op that the C++ library differentiates."""
+    primitive = samples()
+    rows, weight, rope, heads, eps = primitive["rms_norm_rope"]
+    arguments = {
+        "modulated_layer_norm": primitive["modulated_layer_norm"],
+        "gated_residual": primitive["gated_residual"],
+        "qk_norm_rope": (rows, rows.flip(1), weight, weight.flip(0), rope, heads, eps),
+        "gelu_tanh": primitive["gelu_tanh"],
+    }
+    return {
+        name: tuple(a.clone().requires_grad_(a is not rope) if isinstance(a, Tensor) else a for a in call)
+        for name, call in arguments.items()
+    }
+
+
+@NEEDS_NATIVE
+@pytest.mark.parametrize("name", ["modulated_layer_norm", "gated_residual", "qk_norm_rope", "gelu_tanh"])
+def test_torch_finds_no_fault_with_an_op_that_the_library_differentiates(name):
+    op = getattr(torch.ops.pdmd, f"differentiable_{name}").default
+    torch.library.opcheck(op, differentiable_samples()[name])
+
+
+@NEEDS_NATIVE
+def test_a_second_derivative_is_refused():
+    x = torch.randn(2, 3, requires_grad=True)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        torch.autograd.grad(pdmd_kernels.gelu_tanh(x).sum(), x, create_graph=True)
+
+
 @NEEDS_NATIVE
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_a_native_op_called_directly_refuses_a_tensor_that_would_crash_it(name):
     arguments = list(samples()[name])
     last = max(i for i, a in enumerate(arguments) if is_tensor_or_list_of(a))
     for wrong in (torch.zeros(7, 7, 7, 7), torch.zeros(2, dtype=torch.complex64)):
-        if name == "sum_of_squares" and wrong.ndim == 4:
-            continue  # it takes any shape
+        if name in ("sum_of_squares", "gelu_tanh") and wrong.ndim == 4:
+            continue  # they take any shape
         arguments[last] = wrong if isinstance(arguments[last], Tensor) else [wrong]
         with pytest.raises(ValueError):
             getattr(torch.ops.pdmd, name).default(*arguments)

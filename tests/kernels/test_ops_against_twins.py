@@ -102,6 +102,10 @@ def residual(make: Maker, shape: tuple[int, int, int], tokens: int) -> Call:
     return Call([make.values(*shape), make.values(*shape), gate], grads=(0, 1, 2))
 
 
+def gelu(make: Maker, shape: tuple[int, int, int]) -> Call:
+    return Call([3 * make.values(*shape)], grads=(0,))
+
+
 def self_attention_norm(make: Maker, shape: tuple[int, int, int], reduce: Any = None) -> Call:
     _, tokens, n = shape
     tensors = [make.values(*shape), make.values(*shape), make.values(n), make.values(n)]
@@ -128,6 +132,7 @@ CASES = {
     "layer norm, times": ("modulated_layer_norm", lambda make, shape: layer_norm(make, shape, shape[1]), ROWS),
     "residual, one time": ("gated_residual", lambda make, shape: residual(make, shape, 1), ROWS),
     "residual, times": ("gated_residual", lambda make, shape: residual(make, shape, shape[1]), ROWS),
+    "gelu": ("gelu_tanh", gelu, ROWS),
     "qk norm and rope": ("qk_norm_rope", self_attention_norm, ROWS),
     "qk norm and rope in halves": (
         "qk_norm_rope",
@@ -257,3 +262,26 @@ def test_nan_and_overflow_survive_the_rounding_to_bf16(variant):
     one = torch.ones(1)
     ours = pdmd_kernels.subinterval_noise(x, torch.zeros_like(x), one, 0 * one, torch.bfloat16)
     torch.testing.assert_close(ours, x.bfloat16(), rtol=0, atol=0, equal_nan=True)
+
+
+@by_dtype
+def test_gelu_keeps_its_limits_and_a_nan(dtype, backend):
+    x = torch.tensor([torch.nan, torch.inf, 3e38, 1e4, 0.0, -1e4, -1e18], dtype=dtype)
+    expected = torch.tensor([torch.nan, torch.inf, 3e38, 1e4, 0.0, 0.0, 0.0], dtype=dtype)
+    torch.testing.assert_close(pdmd_kernels.gelu_tanh(x), expected, rtol=0, atol=0, equal_nan=True)
+
+
+@by_dtype
+def test_rows_that_are_far_from_zero_keep_their_variance(dtype, backend, assert_as_accurate_as_torch):
+    make = Maker(dtype)
+    x = 100 + make.values(2, 37, 1030)
+    call = Call([x, make.exact(2, 1, 1030), make.exact(2, 1, 1030)], {"eps": 1e-6}, grads=(0, 1, 2))
+    namespaces = (
+        (pdmd_kernels, call),
+        (pdmd_kernels.reference, call),
+        (pdmd_kernels.reference, call.mapped(Tensor.double)),
+    )
+    for ours, plain, exact in zip(
+        *(outputs_of(namespace, "modulated_layer_norm", c) for namespace, c in namespaces), strict=True
+    ):
+        assert_as_accurate_as_torch(ours, plain, exact)

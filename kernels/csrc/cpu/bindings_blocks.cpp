@@ -63,13 +63,14 @@ std::tuple<Tensor, Tensor, Tensor> modulated_layer_norm(
     const Tensor& x, const Tensor& shift, const Tensor& scale, double eps) {
   check_rows(x, "x");
   const Modulation shifts = modulation(shift, x, "shift"), scales = modulation(scale, x, "scale");
-  const int64_t rows = x.size(0) * x.size(1), d = x.size(2);
+  const int64_t d = x.size(2);
   Tensor y = allocate(x.sizes(), x.scalar_type());
   Tensor mean = empty_fp32(x.sizes().slice(0, 2)), rstd = empty_fp32(x.sizes().slice(0, 2));
   const LayerNormArgs args = {x.const_data_ptr(), shifts, scales, static_cast<float>(eps), y.data_ptr(),
-                              mean.mutable_data_ptr<float>(), rstd.mutable_data_ptr<float>(), x.size(1), d};
+                              mean.mutable_data_ptr<float>(), rstd.mutable_data_ptr<float>(), x.size(1), d, kChunk};
   const auto kernel = kernels().layer_norm[is_bf16(x)];
-  parallel(rows, d, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  const int64_t chunks = x.size(0) * ((x.size(1) + kChunk - 1) / kChunk);
+  parallel(chunks, kChunk * d, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   return {y, mean, rstd};
 }
 
@@ -262,10 +263,30 @@ std::tuple<Tensor, Tensor> rms_norm_rope_backward(
   return {dx, dweight};
 }
 
+Tensor run_gelu(const Tensor& x, const void* grad, void (*kernel)(const GeluArgs&, int64_t, int64_t)) {
+  Tensor out = allocate(x.sizes(), x.scalar_type());
+  const GeluArgs args = {grad, x.const_data_ptr(), out.data_ptr()};
+  parallel(x.numel(), 1, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+  return out;
+}
+
+Tensor gelu_tanh(const Tensor& x) {
+  check_values(x, x, "x");
+  return run_gelu(x, nullptr, kernels().gelu[is_bf16(x)]);
+}
+
+Tensor gelu_tanh_backward(const Tensor& grad, const Tensor& x) {
+  check_values(x, x, "x");
+  check_like(grad, x, "grad");
+  return run_gelu(x, grad.const_data_ptr(), kernels().gelu_backward[is_bf16(x)]);
+}
+
 }  // namespace
 }  // namespace pdmd
 
 TORCH_LIBRARY_IMPL(pdmd, CPU, m) {
+  m.impl("gelu_tanh", &pdmd::gelu_tanh);
+  m.impl("gelu_tanh_backward", &pdmd::gelu_tanh_backward);
   m.impl("modulated_layer_norm", &pdmd::modulated_layer_norm);
   m.impl("modulated_layer_norm_backward", &pdmd::modulated_layer_norm_backward);
   m.impl("gated_residual", &pdmd::gated_residual);

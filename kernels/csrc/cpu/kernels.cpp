@@ -2,6 +2,7 @@
 #include "kernels.h"
 
 #include "adamw.h"
+#include "gelu.h"
 #include "latents.h"
 #include "modulation.h"
 #include "philox.h"
@@ -35,6 +36,8 @@ const Kernels* PDMD_TABLE(PDMD_CAPABILITY)() {
       {k::rms_rope_backward_dots<float>, k::rms_rope_backward_dots<bf16>},
       {k::rms_rope_backward_dx<float>, k::rms_rope_backward_dx<bf16>},
       {k::rms_norm_rope_backward<float>, k::rms_norm_rope_backward<bf16>},
+      {k::gelu<float>, k::gelu<bf16>},
+      {k::gelu_backward<float>, k::gelu_backward<bf16>},
       k::sum_rows,
       k::adamw,
   };

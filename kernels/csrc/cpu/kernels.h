@@ -59,14 +59,14 @@ struct Modulation {
   int64_t batch_stride, token_stride;
 };
 
-// Rows of a [B, S, d] tensor; T is fp32 or bf16 throughout.
+// Chunks of up to `chunk` rows of one sample of a [B, S, d] tensor; T is fp32 or bf16 throughout.
 struct LayerNormArgs {
   const void* x;
   Modulation shift, scale;
   float eps;
   void* y;
   float *mean, *rstd;
-  int64_t tokens, d;
+  int64_t tokens, d, chunk;
 };
 
 // Chunks of up to `chunk` rows of one sample. The gradients of shift and scale are [B, chunks, d] partial sums if
@@ -81,6 +81,7 @@ struct LayerNormBackwardArgs {
   int64_t tokens, d, chunk;
 };
 
+// Rows of a [B, S, d] tensor.
 struct GatedArgs {
   const void *x, *h;
   Modulation gate;
@@ -107,6 +108,12 @@ struct RmsArgs {
   float* dweight;                // [chunks, n] partial sums
   float eps;
   int64_t tokens, tokens_in_all, n, head_dim, chunk;  // S, B S, and the rows of a chunk
+};
+
+// Elements; T is fp32 or bf16 throughout.
+struct GeluArgs {
+  const void *grad, *x;  // grad: backward alone
+  void* out;             // y or dx
 };
 
 struct AdamArgs {
@@ -136,6 +143,8 @@ struct Kernels {
   void (*rms_rope_backward_dots[2])(const RmsArgs&, int64_t begin, int64_t end);
   void (*rms_rope_backward_dx[2])(const RmsArgs&, int64_t begin, int64_t end);
   void (*rms_norm_rope_backward[2])(const RmsArgs&, int64_t begin, int64_t end);
+  void (*gelu[2])(const GeluArgs&, int64_t begin, int64_t end);
+  void (*gelu_backward[2])(const GeluArgs&, int64_t begin, int64_t end);
   void (*sum_rows)(const float* rows, int64_t count, int64_t d, float* out, int64_t begin, int64_t end);
   void (*adamw)(const AdamArgs&, int64_t begin, int64_t end);
 };

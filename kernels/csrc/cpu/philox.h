@@ -2,7 +2,10 @@
 //
 // A word w gives u = (2 (w >> 9) + 1) 2^-24. The words (w0, w1) give r cos(2 pi u1) and r sin(2 pi u1) with
 // r = sqrt(-2 ln u0), the words (w2, w3) the next two. The root and the angle are carried as sums of two floats, so that
-// a normal is its exact value rounded almost once (at most 1 ulp off; the contract is 2).
+// a normal is its exact value rounded almost once (at most 2 ulp off; the contract is 2).
+//
+// A block of 64 normals is about 330 AVX-512 instructions, 5 a normal. Two a cycle at 2 GHz would be 1.3 ns a normal: more
+// than a copy takes for the bytes of one, so drawing is bound by arithmetic.
 #pragma once
 
 #include "vector.h"

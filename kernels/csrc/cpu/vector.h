@@ -44,18 +44,43 @@ PDMD_INLINE vf load(const float* p) {
   return x;
 }
 
+// GCC widens and narrows 512 bits in halves; the instructions do it at once.
+PDMD_INLINE vu widened(vh x) {
+#if defined(__AVX512F__)
+  return (vu)_mm512_cvtepu16_epi32((__m256i)x);
+#else
+  return __builtin_convertvector(x, vu);
+#endif
+}
+
+PDMD_INLINE vh narrowed(vu x) {
+#if defined(__AVX512F__)
+  return (vh)_mm512_cvtepi32_epi16((__m512i)x);
+#elif defined(__AVX2__)
+  const __m256i packed = _mm256_packus_epi32((__m256i)x, (__m256i)x);
+  return (vh)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
+#else
+  return __builtin_convertvector(x, vh);
+#endif
+}
+
 PDMD_INLINE vf load(const bf16* p) {
   vh x;
   std::memcpy(&x, p, sizeof x);
-  return as_float(__builtin_convertvector(x, vu) << 16);
+  return as_float(widened(x) << 16);
 }
 
 // To bf16: nearest, ties to even; a nan stays one.
 PDMD_INLINE vh rounded(vf x) {
   vu u = as_bits(x);
   vu r = (u + 0x7FFF + ((u >> 16) & 1)) >> 16;
+#if defined(__AVX512F__)
+  const __mmask16 nan = _mm512_cmp_ps_mask((__m512)x, (__m512)x, _CMP_UNORD_Q);
+  return narrowed((vu)_mm512_mask_mov_epi32((__m512i)r, nan, _mm512_set1_epi32(0x7FC0)));
+#else
   vu nan = (vu)(x != x);
-  return __builtin_convertvector((r & ~nan) | (nan & 0x7FC0), vh);
+  return narrowed((r & ~nan) | (nan & 0x7FC0));
+#endif
 }
 
 PDMD_INLINE void store(float* p, vf x) { std::memcpy(p, &x, sizeof x); }
@@ -85,6 +110,16 @@ PDMD_INLINE float total(vf x) {
   for (int i = 0; i < W; ++i) sum += x[i];
   return sum;
 }
+
+// x with zeros beyond its first n elements.
+PDMD_INLINE vf first_of(vf x, int64_t n) {
+  if (n == W) return x;
+  for (int64_t i = n; i < W; ++i) x[i] = 0;
+  return x;
+}
+
+// Asks for the cache line of an address, which may lie outside of any tensor.
+PDMD_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
 
 // A sum in two levels, so that fp32 stays accurate over long rows.
 struct Sum {
@@ -143,6 +178,37 @@ PDMD_INLINE vf rough_rsqrt(vf x) {
   return (vf)_mm_rsqrt_ps((__m128)x);
 #else
   return 1.0f / square_root(x);
+#endif
+}
+
+// (even, odd) of each pair of lanes as (odd, even), (even, even) and (odd, odd).
+PDMD_INLINE vf swap_pairs(vf x) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_permute_ps((__m512)x, 0xB1);
+#elif defined(__AVX2__)
+  return (vf)_mm256_permute_ps((__m256)x, 0xB1);
+#else
+  return (vf)(((vu64)x << 32) | ((vu64)x >> 32));
+#endif
+}
+
+PDMD_INLINE vf even_lanes(vf x) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_moveldup_ps((__m512)x);
+#elif defined(__AVX2__)
+  return (vf)_mm256_moveldup_ps((__m256)x);
+#else
+  return (vf)(((vu64)x & 0xFFFFFFFF) | ((vu64)x << 32));
+#endif
+}
+
+PDMD_INLINE vf odd_lanes(vf x) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_movehdup_ps((__m512)x);
+#elif defined(__AVX2__)
+  return (vf)_mm256_movehdup_ps((__m256)x);
+#else
+  return (vf)(((vu64)x >> 32) | ((vu64)x & 0xFFFFFFFF00000000));
 #endif
 }
 

@@ -1,6 +1,7 @@
 """The plain-torch primitives, named like the ``pdmd`` ops and with their arguments (see `pdmd_kernels.schemas`)."""
 
 from pdmd_kernels.reference.adamw import adamw_beta1_zero
+from pdmd_kernels.reference.gelu import gelu_tanh, gelu_tanh_backward
 from pdmd_kernels.reference.latents import dmd_gradient, euler_step, subinterval_loss, subinterval_noise
 from pdmd_kernels.reference.modulation import (
     gated_residual,
@@ -24,6 +25,8 @@ __all__ = [
     "euler_step",
     "gated_residual",
     "gated_residual_backward",
+    "gelu_tanh",
+    "gelu_tanh_backward",
     "modulated_layer_norm",
     "modulated_layer_norm_backward",
     "normal",

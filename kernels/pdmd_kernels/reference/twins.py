@@ -62,6 +62,11 @@ def gated_residual(x: Tensor, h: Tensor, gate: Tensor) -> Tensor:
     return primitives.gated_residual(x, h, gate)
 
 
+def gelu_tanh(x: Tensor) -> Tensor:
+    """See `pdmd_kernels.gelu_tanh`."""
+    return primitives.gelu_tanh(x)
+
+
 def qk_norm_rope(
     query: Tensor,
     key: Tensor,

@@ -3,7 +3,6 @@
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_pdmd.models.layers.attention import Attention, Positions
@@ -12,7 +11,7 @@ from megatron_pdmd.models.layers.norm import LayerNorm
 from megatron_pdmd.models.layers.tensor_parallel import TensorParallel, compute_dtype
 from megatron_pdmd.models.wan.config import WanConfig
 from megatron_pdmd.parallel.context import ContextParallel
-from pdmd_kernels import gated_residual, modulated_layer_norm
+from pdmd_kernels import gated_residual, gelu_tanh, modulated_layer_norm
 
 
 class _GeluProjection(nn.Module):
@@ -21,7 +20,7 @@ class _GeluProjection(nn.Module):
         self.proj = ColumnLinear(inputs, outputs, parallel=parallel, dtype=dtype)
 
     def forward(self, x: Tensor, adapter: str | None) -> Tensor:
-        return F.gelu(self.proj(x, adapter), approximate="tanh")
+        return gelu_tanh(self.proj(x, adapter))
 
 
 class FeedForward(nn.Module):

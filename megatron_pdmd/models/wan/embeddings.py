@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_pdmd.models.layers.tensor_parallel import compute_dtype
+from pdmd_kernels import gelu_tanh
 
 
 class PatchEmbedding(nn.Module):
@@ -69,7 +70,7 @@ class TextEmbedder(TwoLayerMLP):
 
     def forward(self, text: Tensor) -> Tensor:
         """[B, L, D] -> [B, L, d]."""
-        return self.linear_2(F.gelu(self.linear_1(text), approximate="tanh"))
+        return self.linear_2(gelu_tanh(self.linear_1(text)))
 
 
 class ConditionEmbedder(nn.Module):

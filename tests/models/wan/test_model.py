@@ -144,8 +144,9 @@ def test_one_time_per_sample_is_the_same_time_for_every_token():
     torch.testing.assert_close(model(x_t, t[:, None].expand(-1, tokens), conditions), model(x_t, t, conditions))
 
 
+@pytest.mark.parametrize("granularity", ["full", "selective"])
 @pytest.mark.parametrize("adapter", [None, "phase_1"])
-def test_recomputation_gives_identical_numbers(adapter):
+def test_recomputation_gives_identical_numbers(adapter, granularity):
     case = CASES["odd-frames"]
     torch.manual_seed(0)
     model = WanModel(case.config)
@@ -153,7 +154,7 @@ def test_recomputation_gives_identical_numbers(adapter):
     for block in model.blocks:
         torch.nn.init.normal_(block.attn1.to_q.lora_B["phase_1"])
     twin = copy.deepcopy(model)
-    twin.recompute_granularity = "full"
+    twin.recompute_granularity = granularity
     x_t, t, conditions = batch(case, torch.float32)
     outputs = [module(x_t, t, conditions, adapter=adapter) for module in (model, twin)]
     assert torch.equal(*outputs)
