@@ -1,27 +1,17 @@
 """tools/benchmark_kernels.py at its small sizes."""
 
 import csv
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 import pdmd_kernels
 
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "benchmark_kernels.py"
-
 
 @pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location("benchmark_kernels_tool", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+def tool(load_tool):
+    yield load_tool("benchmark_kernels")
     torch.set_num_threads(1)
 
 
@@ -44,7 +34,7 @@ def test_a_quick_run_writes_a_row_for_each_op(tool, tmp_path, capsys, dtype):
 @pytest.mark.skipif("native" not in pdmd_kernels.available_backends(), reason="the native kernels are not built")
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_the_fused_objective_holds_nothing_beside_x_t_and_the_gradient(tool, monkeypatch, dtype):
-    monkeypatch.setattr(tool, "QUICK_LATENTS", (2, 16, 5, 30, 52))
+    monkeypatch.setattr("kernel_cases.QUICK_LATENTS", (2, 16, 5, 30, 52))
     memory = tool.objective_memory(tool.BenchmarkOptions(quick=True, dtype=dtype))
     assert memory["minimum"] <= memory["fused"] <= 1.01 * memory["minimum"]
     assert memory["eager"] >= 2 * memory["minimum"]
