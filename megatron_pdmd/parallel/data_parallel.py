@@ -51,17 +51,7 @@ def data_parallel(
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.transformer import TransformerConfig
 
-    trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    if not trainable:
-        raise ValueError(
-            "no parameter of the module requires a gradient; unfreeze what is to be trained before wrapping it"
-        )
-    for name, parameter in trainable.items():
-        if hasattr(parameter, "main_grad"):
-            raise ValueError(
-                f"parameter {name} belongs to another data-parallel wrapper; call release_data_parallel() on that first"
-            )
-
+    _check_trainable(module)
     topology = current_topology()
     # Megatron-core writes onto this object, so each wrapper has its own. Only its parallel sizes matter; one head and
     # one channel per tensor rank satisfy its checks.
@@ -90,6 +80,19 @@ def data_parallel(
             lambda *unused: finish_param_gather([ddp])
         )
     return ddp
+
+
+def _check_trainable(module: torch.nn.Module) -> None:
+    trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    if not trainable:
+        raise ValueError(
+            "no parameter of the module requires a gradient; unfreeze what is to be trained before wrapping it"
+        )
+    for name, parameter in trainable.items():
+        if hasattr(parameter, "main_grad"):
+            raise ValueError(
+                f"parameter {name} belongs to another data-parallel wrapper; call release_data_parallel() on that first"
+            )
 
 
 @contextmanager
