@@ -10,7 +10,7 @@ import sys
 import torch
 
 from megatron_pdmd.config import Config, ParallelConfig
-from megatron_pdmd.data.prompts import load_prompts
+from megatron_pdmd.data.prompts import PromptEmbeddings, load_prompts
 from megatron_pdmd.errors import NoSpaceError, user_errors
 from megatron_pdmd.models import from_hf
 from megatron_pdmd.parallel.agreement import together
@@ -97,11 +97,22 @@ def find_start(config: Config) -> Start | None:
 
 def build(plan: Plan, topology: Topology) -> tuple[Networks, Trainer]:
     """Loads prompts and teacher and makes the trainer."""
-    config, source = plan.config, plan.source
-    data = config.data
-    prompts = load_prompts(
-        data.prompts, source.path, max_length=data.prompt_length, negative_prompt=data.negative_prompt
+    prompts, networks = load_run_prompts(plan), load_networks(plan, topology)
+    trainer = Trainer(plan.config, topology, networks, plan.phases, plan.schedule, prompts, plan.latent_shape)
+    return networks, trainer
+
+
+def load_run_prompts(plan: Plan) -> PromptEmbeddings:
+    """The run's prompts, encoded if they are text."""
+    data = plan.config.data
+    return load_prompts(
+        data.prompts, plan.source.path, max_length=data.prompt_length, negative_prompt=data.negative_prompt
     )
+
+
+def load_networks(plan: Plan, topology: Topology) -> Networks:
+    """The teacher's networks, sharded, and what will be made of them."""
+    config, source = plan.config, plan.source
     dtype = torch.bfloat16 if config.training.bf16 else torch.float32
     recompute = config.model.recompute_granularity
     options = {
@@ -113,9 +124,7 @@ def build(plan: Plan, topology: Topology) -> tuple[Networks, Trainer]:
         expert: from_hf(source.path, subfolder, dtype=dtype, device=topology.device, **options)
         for expert, subfolder in source.experts.items()
     }
-    networks = Networks(teacher, config.method, config.training.seed)
-    trainer = Trainer(config, topology, networks, plan.phases, plan.schedule, prompts, plan.latent_shape)
-    return networks, trainer
+    return Networks(teacher, config.method, config.training.seed)
 
 
 def finish(plan: Plan, topology: Topology, networks: Networks, trainer: Trainer) -> None:

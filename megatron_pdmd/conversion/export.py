@@ -89,10 +89,7 @@ def export_pipeline(
         "prompt_length": prompt_length,
     }
     with replaced_folder(destination, lambda folder: (folder / SAMPLING_FILE).is_file()) as partial:
-        for name in copied:
-            shutil.copytree(source.path / name, partial / name, ignore=_NEVER_COPIED)
-        for path in [*source.path.glob("LICENSE*"), *source.path.glob("NOTICE*")]:
-            shutil.copyfile(path, partial / path.name)
+        _copy_parts(source, copied, partial)
         for subfolder, expert, header in zip(TRANSFORMERS, experts, headers, strict=False):
             (partial / subfolder).mkdir()
             shutil.copyfile(
@@ -106,6 +103,13 @@ def export_pipeline(
         _write_json(partial / SAMPLING_FILE, sampling)
         (partial / "README.md").write_text(model_card(source, [expert.steps for expert in experts], sampling))
     return read_pipeline(destination)
+
+
+def _copy_parts(source: PipelineFolder, components: Sequence[str], destination: Path) -> None:
+    for name in components:
+        shutil.copytree(source.path / name, destination / name, ignore=_NEVER_COPIED)
+    for path in [*source.path.glob("LICENSE*"), *source.path.glob("NOTICE*")]:
+        shutil.copyfile(path, destination / path.name)
 
 
 def read_sampling(folder: Path) -> dict[str, Any] | None:

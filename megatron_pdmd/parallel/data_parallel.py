@@ -73,13 +73,20 @@ def data_parallel(
     with without_cuda():
         ddp = DistributedDataParallel(config, ddp_config, module)
     if overlap_param_gather:
-        # megatron-core waits module by module, but never for adapters, whose container is not called. Between a role's
-        # step and its next pass there are passes of other roles: one wait there hides as much.
-        ddp.disable_forward_pre_hook(param_sync=False)
-        ddp.remove_forward_pre_hook_handles[module] = module.register_forward_pre_hook(
-            lambda *unused: finish_param_gather([ddp])
-        )
+        _wait_at_root(ddp, module)
     return ddp
+
+
+def _wait_at_root(ddp: "DistributedDataParallel", module: torch.nn.Module) -> None:
+    """Wait for gathered parameters when the whole module is called.
+
+    megatron-core waits module by module, but never for adapters, whose container is not called. Between a role's step
+    and its next pass there are passes of other roles: one wait there hides as much.
+    """
+    ddp.disable_forward_pre_hook(param_sync=False)
+    ddp.remove_forward_pre_hook_handles[module] = module.register_forward_pre_hook(
+        lambda *unused: finish_param_gather([ddp])
+    )
 
 
 def _check_trainable(module: torch.nn.Module) -> None:

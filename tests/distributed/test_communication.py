@@ -74,8 +74,8 @@ def test_a_call_is_counted_with_what_it_moves(run_ranks):
 
 
 @pytest.mark.parametrize("method", ["ulysses", "ring"])
-def test_a_dry_run_of_the_14b_model_on_64_fake_ranks_communicates_the_same(run_ranks, method):
-    """81 x 480 x 832 frames, TP 8 with sequence parallelism and CP 4, or 5 by Ulysses, on fake tensors."""
+def test_a_dry_run_of_the_14b_model_on_fake_ranks_communicates_the_same(run_ranks, method):
+    """Two blocks at 81 x 480 x 832, TP 8 with sequence parallelism, CP 4 or 5: 64 or 80 ranks, fake tensors."""
     config = dataclasses.replace(WAN_PRESETS["wan2.1-t2v-14b"], num_layers=2)
     layout = ModelLayout(tensor=8, context=5 if method == "ulysses" else 4, sequence_parallel=True, method=method)
 

@@ -1,8 +1,16 @@
 """Finding and loading the library of C++ kernels."""
 
+import shutil
+
 import pytest
 
-from pdmd_kernels import native
+from pdmd_kernels import available_backends, native
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler, and then no library")
+def test_where_there_is_a_compiler_the_library_was_built():
+    """Tests that need the library are skipped without it, so that it is there must be a test of its own."""
+    assert "native" in available_backends("cpu")
 
 
 def test_a_package_without_the_library_has_no_native_kernels(tmp_path):

@@ -24,6 +24,8 @@ class _Adaptable(nn.Module):
 
     weight: nn.Parameter
     parallel: TensorParallel
+    # The sharded dims of A and of B; None for the one that every rank holds whole.
+    adapter_partition_dims: tuple[int | None, int | None]
 
     def _init_parameters(self, parallel: TensorParallel, dim: int) -> None:
         """Draws the whole weight and keeps this rank's part, the same numbers for every layout; the bias is zero."""
@@ -59,11 +61,6 @@ class _Adaptable(nn.Module):
         """What an adapter adds to this rank's weight, (alpha / rank) B A, in fp32."""
         return self.lora_scale[name] * (self.lora_B[name] @ self.lora_A[name])
 
-    @property
-    def adapter_partition_dims(self) -> tuple[int | None, int | None]:
-        """The sharded dims of A and of B; None for the one that every rank holds whole."""
-        raise NotImplementedError
-
     def _linear(self, x: Tensor, bias: Tensor | None, adapter: str | None) -> Tensor:
         if adapter is None or adapter not in self.lora_scale:
             return F.linear(x, self.weight, bias)
@@ -84,6 +81,8 @@ class ColumnLinear(_Adaptable, ColumnParallelLinear):
         dtype: of weight and bias.
     """
 
+    adapter_partition_dims = (None, 0)
+
     def __init__(self, inputs: int, outputs: int, *, parallel: TensorParallel, dtype: torch.dtype):
         ColumnParallelLinear.__init__(
             self,
@@ -94,10 +93,6 @@ class ColumnLinear(_Adaptable, ColumnParallelLinear):
             tp_group=parallel.group,
         )
         self._init_parameters(parallel, dim=0)
-
-    @property
-    def adapter_partition_dims(self) -> tuple[int | None, int | None]:
-        return None, 0
 
     def forward(self, x: Tensor, adapter: str | None = None) -> Tensor:
         """From what has entered the parallel region, [..., inputs], to this rank's [..., outputs / size]."""
@@ -114,6 +109,8 @@ class RowLinear(_Adaptable, RowParallelLinear):
         dtype: of weight and bias.
     """
 
+    adapter_partition_dims = (1, None)
+
     def __init__(self, inputs: int, outputs: int, *, parallel: TensorParallel, dtype: torch.dtype):
         RowParallelLinear.__init__(
             self,
@@ -127,10 +124,6 @@ class RowLinear(_Adaptable, RowParallelLinear):
             tp_group=parallel.group,
         )
         self._init_parameters(parallel, dim=1)
-
-    @property
-    def adapter_partition_dims(self) -> tuple[int | None, int | None]:
-        return 1, None
 
     def forward(self, x: Tensor, adapter: str | None = None) -> Tensor:
         """From this rank's [B, S, inputs / size] to the sum over ranks, [B, S or its share, outputs]."""
