@@ -10,7 +10,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from megatron_pdmd.config import Config, FlatConfig
+from megatron_pdmd.config import CommandLine, Config, FlatCommandLine, LaunchConfig
 from megatron_pdmd.errors import parse_options
 
 
@@ -89,17 +89,30 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(plain(dataclasses.asdict(config)), sort_keys=False)
 
 
-def parse_arguments(arguments: Sequence[str]) -> tuple[Config, bool]:
+def parse_arguments(arguments: Sequence[str]) -> tuple[Config, LaunchConfig]:
     """`--config FILE` first, then the flags over it.
 
     Returns:
-        The validated config, and whether `--print-config` asked to show it.
+        The validated config, and what the launch is to do with it.
 
     Raises:
         ValueError: an unknown flag (the nearest known one is named), a bad value, options that cannot work together.
     """
-    recipe, print_config, flags = Config(), False, []
-    rest = iter(arguments)
+    _refuse_unknown(arguments)
+    recipe = _recipe_of(arguments)
+    default = CommandLine(**{section.name: getattr(recipe, section.name) for section in dataclasses.fields(recipe)})
+    line = parse_options(
+        FlatCommandLine, "Phased DMD: distils a diffusion transformer phase by phase.", arguments, default
+    )
+    config = Config(**{section.name: getattr(line, section.name) for section in dataclasses.fields(Config)})
+    validate(config)
+    _check_launch(line.launch)
+    return config, line.launch
+
+
+def _recipe_of(arguments: Sequence[str]) -> Config:
+    """The last `--config`, whose values are the defaults of all other flags."""
+    recipe, rest = Config(), iter(arguments)
     for argument in rest:
         name, _, value = argument.partition("=")
         if name == "--config":
@@ -107,24 +120,27 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[Config, bool]:
             if not value:
                 raise ValueError("--config: name a YAML file")
             recipe = load_recipe(Path(value))
-        elif name == "--print-config":
-            print_config = True
-        else:
-            flags.append(argument)
-    _refuse_unknown(flags)
-    config = parse_options(FlatConfig, "Phased DMD: distils a diffusion transformer phase by phase.", flags, recipe)
-    validate(config)
-    return config, print_config
+    return recipe
+
+
+def _check_launch(launch: LaunchConfig) -> None:
+    if launch.dry_run < 0:
+        raise ValueError(f"--dry-run {launch.dry_run}: give the number of ranks to rehearse for")
+    for flag, given in (("--dry-run-rank", launch.dry_run_rank), ("--json", launch.json)):
+        if given and not launch.dry_run:
+            raise ValueError(f"{flag}: belongs to --dry-run, which is not given; add --dry-run RANKS, or drop the flag")
+    if launch.dry_run and not 0 <= launch.dry_run_rank < launch.dry_run:
+        raise ValueError(f"--dry-run-rank {launch.dry_run_rank}: must lie in [0, {launch.dry_run})")
 
 
 def _flags() -> list[str]:
-    sections = [hint for hint in get_type_hints(Config).values()]
+    sections = [hint for hint in get_type_hints(CommandLine).values()]
     return ["--" + field.name.replace("_", "-") for section in sections for field in dataclasses.fields(section)]
 
 
 def _refuse_unknown(flags: Sequence[str]) -> None:
     known = _flags()
-    known += ["--no-" + flag[2:] for flag in known] + ["--help", "--config", "--print-config"]
+    known += ["--no-" + flag[2:] for flag in known] + ["--help"]
     for argument in flags:
         name = argument.partition("=")[0].replace("_", "-")
         if name.startswith("--") and name not in known:

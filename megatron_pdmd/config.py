@@ -261,4 +261,27 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
 
-FlatConfig = tyro.conf.OmitArgPrefixes[Config]
+@dataclass(frozen=True)
+class LaunchConfig:
+    """What one launch does; no part of a run."""
+
+    # YAML recipe; flags win over it.
+    config: Path | None = None
+    # Print the resolved recipe and exit.
+    print_config: bool = False
+    # Rehearse the run for so many GPUs with tensors that have no memory, on this machine; 0 trains.
+    dry_run: int = 0
+    # The rank that is rehearsed.
+    dry_run_rank: int = 0
+    # JSON file for what the rehearsal counted.
+    json: Path | None = None
+
+
+@dataclass(frozen=True)
+class CommandLine(Config):
+    """A run and what to do with it."""
+
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+
+
+FlatCommandLine = tyro.conf.OmitArgPrefixes[CommandLine]

@@ -41,10 +41,19 @@ def prepare(arguments: list[str]) -> Plan:
     Raises:
         ValueError: one line that names the flag or file, what was wrong and what to do.
     """
-    config, print_config = parse_arguments(arguments)
-    if print_config:
+    config, launch = parse_arguments(arguments)
+    if launch.print_config:
         print(to_yaml(config), end="")
         sys.exit(0)
+    return check(config)
+
+
+def check(config: Config) -> Plan:
+    """Checks options against the files they name.
+
+    Raises:
+        ValueError: as `prepare`.
+    """
     source = read_pipeline(config.model.teacher)
     method = config.method
     schedule = FlowMatchingSchedule(method.timestep_shift)

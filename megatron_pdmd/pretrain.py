@@ -5,10 +5,12 @@
 Exit codes: 0 done, 2 bad input, 3 stopped on request after saving, 1 all else.
 """
 
+import subprocess
 import sys
 
 import torch
 
+from megatron_pdmd.arguments import parse_arguments
 from megatron_pdmd.config import Config, ParallelConfig
 from megatron_pdmd.data.prompts import PromptEmbeddings, load_prompts
 from megatron_pdmd.errors import NoSpaceError, user_errors
@@ -26,6 +28,9 @@ from pdmd_kernels import use_backend
 
 STOPPED_ON_REQUEST = 3
 
+# A program of its own, for it decides what CUDA is before torch is imported.
+REHEARSAL = ("megatron_pdmd.planning.fake_cuda", "megatron_pdmd.dry_run")
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one rank to the end and returns its exit code.
@@ -33,8 +38,11 @@ def main(arguments: list[str] | None = None) -> int:
     Args:
         arguments: flags; those of the process where not given.
     """
+    arguments = sys.argv[1:] if arguments is None else arguments
     with user_errors():
-        plan = prepare(sys.argv[1:] if arguments is None else arguments)
+        if parse_arguments(arguments)[1].dry_run:
+            return subprocess.call([sys.executable, "-m", *REHEARSAL, *arguments])
+        plan = prepare(arguments)
     with use_backend(plan.config.model.kernel_backend):
         return run(plan)
 

@@ -27,9 +27,9 @@ def write(path: Path, text: str) -> Path:
 
 
 def test_without_flags_the_defaults_stand():
-    config, print_config = parse_arguments(NEEDED)
+    config, launch = parse_arguments(NEEDED)
     assert config == Config(model=ModelConfig(Path("models/wan")), data=DataConfig(Path("prompts.txt")))
-    assert not print_config
+    assert not launch.print_config
 
 
 def test_flags_reach_their_fields_in_any_spelling():
@@ -56,8 +56,8 @@ def test_flags_win_over_the_recipe_and_the_recipe_over_the_defaults(tmp_path):
 
 
 def test_print_config_is_recognised_and_prints_what_can_be_read_back(tmp_path):
-    config, print_config = parse_arguments([*NEEDED, "--print-config", "--train-iters", "3,4"])
-    assert print_config
+    config, launch = parse_arguments([*NEEDED, "--print-config", "--train-iters", "3,4"])
+    assert launch.print_config
     assert load_recipe(write(tmp_path / "a.yaml", to_yaml(config))) == config
 
 
@@ -212,3 +212,24 @@ def test_help_lists_every_flag_and_exits_with_zero(capsys):
     fields = [field.name for section in dataclasses.fields(Config) for field in dataclasses.fields(section.type)]
     assert len(fields) == len(set(fields)), "two sections share a flag"
     assert all(f"--{name.replace('_', '-')}" in shown for name in fields)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--dry-run", "-1"], "--dry-run -1: give the number of ranks"),
+        (["--dry-run", "4", "--dry-run-rank", "4"], r"--dry-run-rank 4: must lie in \[0, 4\)"),
+        (["--dry-run-rank", "1"], "--dry-run-rank: belongs to --dry-run"),
+        (["--json", "report.json"], "--json: belongs to --dry-run"),
+    ],
+)
+def test_refuses_a_dry_run_that_cannot_be(flags, message):
+    with pytest.raises(ValueError, match=message):
+        parse_arguments([*NEEDED, *flags])
+
+
+def test_help_names_the_recipe_and_what_a_launch_can_do(capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(["--help"])
+    shown = capsys.readouterr().out
+    assert all(flag in shown for flag in ("--config", "--print-config", "--dry-run", "--dry-run-rank", "--json"))

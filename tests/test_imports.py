@@ -23,6 +23,7 @@ MAY_IMPORT["arguments"] = {"config", "errors"}
 MAY_IMPORT["training"] = BELOW | STANDING_ABOVE | {"arguments"}
 MAY_IMPORT["preflight"] = MAY_IMPORT["training"] | {"training"}
 MAY_IMPORT["pretrain"] = MAY_IMPORT["preflight"] | {"preflight"}
+MAY_IMPORT["dry_run"] = MAY_IMPORT["pretrain"] | {"pretrain"}
 
 # Optional packages stay behind one door each.
 ONE_FILE_EACH = {

@@ -167,4 +167,9 @@ def _read_tensor(model: WanModel, name: str, parameter: nn.Parameter, stored: An
     index = [slice(None)] * parameter.ndim
     if dim is not None:
         index[dim] = slice(rank * parameter.shape[dim], (rank + 1) * parameter.shape[dim])
-    parameter.copy_(stored[tuple(index)])
+    parameter.copy_(_read_slice(stored, index, parameter.shape))
+
+
+def _read_slice(stored: Any, index: list[slice], shape: torch.Size) -> Tensor:
+    """A part of a tensor in a file, of this shape."""
+    return stored[tuple(index)]

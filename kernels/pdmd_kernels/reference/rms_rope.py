@@ -61,4 +61,7 @@ def _rotated(x: Tensor, rope: Tensor | None, heads: int) -> Tensor:
 
 
 def _unrotated(x: Tensor, rope: Tensor | None, heads: int) -> Tensor:
-    return x if rope is None else _rotated(x, rope * rope.new_tensor((1.0, -1.0)), heads)
+    if rope is None:
+        return x
+    cos, sin = rope.unbind(-1)
+    return _rotated(x, torch.stack((cos, -sin), dim=-1), heads)

@@ -1,0 +1,1 @@
+"""A run rehearsed for GPUs that are not there."""

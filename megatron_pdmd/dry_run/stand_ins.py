@@ -1,0 +1,201 @@
+"""What a rehearsal puts in place of disks, text encoders and picture files; everything else is the run's own code."""
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from megatron_pdmd import pretrain
+from megatron_pdmd.conversion import export, weight_files
+from megatron_pdmd.data import prompts
+from megatron_pdmd.data.text_encoder import MAX_TOKENS
+from megatron_pdmd.models import loading
+from megatron_pdmd.models.wan.model import WanModel
+from megatron_pdmd.planning.device_checks import DeviceChecks
+from megatron_pdmd.planning.skeleton import write_sparse
+from megatron_pdmd.training import checkpointing, trainer
+from megatron_pdmd.training.checkpointing import CheckpointWriter, Manifest, States
+from megatron_pdmd.training.networks import Networks
+from megatron_pdmd.training.phase import PhaseTrainer, TrainedNetwork
+from megatron_pdmd.training.sharded_state import Shard
+from megatron_pdmd.training.sheets import SampleSheets
+
+# Parts of a run, by the functions that are them.
+_MOMENTS: tuple[tuple[Any, str, str], ...] = (
+    (pretrain, "load_networks", "load the teacher"),
+    (Networks, "start_phase", "copy the experts"),
+    (trainer.Trainer, "_phase_trainer", "wrap for training"),
+    (CheckpointWriter, "save", "save a checkpoint"),
+    (trainer.Trainer, "restore", "load a checkpoint"),
+    (PhaseTrainer, "load_state", "load a checkpoint"),
+    (trainer.Trainer, "_draw_sheet", "sample sheet"),
+    (PhaseTrainer, "release", "release"),
+    (pretrain, "finish", "export"),
+)
+
+
+class StandIns:
+    """Replaces, while `installed`, what reads or writes numbers.
+
+    Args:
+        checks: is told of a run's moments and of an update's passes.
+
+    Attributes:
+        written_bytes: what this rank would have written of the largest checkpoint.
+    """
+
+    def __init__(self, checks: DeviceChecks):
+        self.written_bytes = 0
+        self._checks = checks
+        self._indices: dict[str, Metadata] = {}
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """The replacements are in place in this block."""
+        replacements = [
+            (loading, "WanModel", _really(WanModel)),  # its layers ask whether they are on meta, which fakes are not
+            (loading, "_open", _HeaderOnly),
+            (loading, "_read_slice", _unread_slice),
+            (prompts, "TextEncoder", _UnreadTextEncoder),
+            (prompts, "load_file", _really(prompts.load_file)),
+            (checkpointing, "write_shards", self._write_shards),
+            (checkpointing, "read_index", lambda folder: self._indices[folder.name]),
+            (checkpointing, "read_shards", _read_shards),
+            (checkpointing, "require_space", _enough_space),
+            (CheckpointWriter, "save", self._indexed(CheckpointWriter.save)),
+            (export, "require_space", _enough_space),
+            (weight_files, "save_file", _save_sparse),
+            (SampleSheets, "_write", _draw_nothing),
+            (TrainedNetwork, "accumulate", self._inside(self._checks.passes, TrainedNetwork.accumulate)),
+            (PhaseTrainer, "_update", self._update_moment(PhaseTrainer._update)),
+        ]
+        with ExitStack() as stack:
+            for owner, name, stand_in in replacements:
+                stack.enter_context(mock.patch.object(owner, name, stand_in))
+            for owner, name, moment in _MOMENTS:
+                told = self._inside(functools.partial(self._checks.memory.moment, moment), getattr(owner, name))
+                stack.enter_context(mock.patch.object(owner, name, told))
+            yield
+
+    @staticmethod
+    def _inside(block: Callable[[], AbstractContextManager], function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def run(*args: Any, **options: Any) -> Any:
+            with block():
+                return function(*args, **options)
+
+        return run
+
+    def _update_moment(self, update: Callable[..., Any]) -> Callable[..., Any]:
+        def run(trainer: PhaseTrainer, role: str, *args: Any, **options: Any) -> Any:
+            with self._checks.memory.moment(f"phase {trainer.index}: {role} update"):
+                return update(trainer, role, *args, **options)
+
+        return run
+
+    def _indexed(self, save: Callable[..., None]) -> Callable[..., None]:
+        """Remembers what all ranks together would have written; this rank knows every tensor's name and whole shape."""
+
+        def run(writer: CheckpointWriter, manifest: Manifest, states: States) -> None:
+            shards = {f"{state}.{name}": shard for state, own in states.items() for name, shard in own.items()}
+            entries = {name: _entry(shard) for name, shard in shards.items()}
+            self._indices[checkpointing.checkpoint_name(manifest.progress.iteration)] = Metadata(entries)
+            own_bytes = sum(shard.written_bytes for shard in shards.values())
+            self.written_bytes = max(self.written_bytes, own_bytes)
+            save(writer, manifest, states)
+
+        return run
+
+    @staticmethod
+    def _write_shards(folder: Path, shards: Mapping[str, Shard], group: dist.ProcessGroup) -> None:
+        """What is still on the device goes to the CPU, as for a file."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for shard in shards.values():
+            for box in shard.boxes if shard.written else ():
+                if box.tensor.is_cuda:  # a fake tensor knows one thread; what a background thread writes is staged
+                    box.tensor.detach().cpu()
+
+
+def _entry(shard: Shard) -> TensorStorageMetadata:
+    size = torch.Size(shard.shape)
+    whole = ChunkStorageMetadata(torch.Size([0] * len(size)), size)
+    return TensorStorageMetadata(TensorProperties(dtype=shard.dtype), size, [whole])
+
+
+def _read_shards(folder: Path, index: Metadata, shards: Mapping[str, Shard]) -> None:
+    with torch.no_grad():
+        for shard in shards.values():
+            for box in shard.boxes:
+                box.tensor.copy_(torch.empty(box.tensor.shape, dtype=shard.dtype))
+
+
+def _really(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function outside of the fake mode, for what cannot be done, or asked of tensors, in it."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **options: Any) -> Any:
+        with unset_fake_temporarily():
+            return function(*args, **options)
+
+    return run
+
+
+class _HeaderOnly:
+    """A safetensors file as `loading` reads it, of which nothing but the header is."""
+
+    def __init__(self, path: Path):
+        self._tensors = weight_files.read_header(path)
+
+    def __enter__(self) -> "_HeaderOnly":
+        return self
+
+    def __exit__(self, *unused: Any) -> None:
+        return None
+
+    def keys(self) -> Iterable[str]:
+        return self._tensors.keys()
+
+    def get_slice(self, name: str) -> SimpleNamespace:
+        return SimpleNamespace(get_shape=lambda: list(self._tensors[name].shape))
+
+
+def _unread_slice(stored: Any, index: Sequence[slice], shape: torch.Size) -> Tensor:
+    return torch.empty(shape)
+
+
+def _save_sparse(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    write_sparse(path, {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()})
+
+
+def _enough_space(*unused: Any) -> None:
+    return None
+
+
+def _draw_nothing(*unused: Any) -> None:
+    return None
+
+
+class _UnreadTextEncoder:
+    """Embeddings of the right size without the encoder's weights."""
+
+    def __init__(self, folder: Path, *, max_length: int | None = None, dtype: torch.dtype = torch.float32):
+        config = loading._read_json(folder / "text_encoder" / "config.json")
+        self.name = folder.name
+        self._shape, self._dtype = (max_length or MAX_TOKENS, config["d_model"]), dtype
+
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        return torch.zeros((), dtype=self._dtype).expand(len(texts), *self._shape)
