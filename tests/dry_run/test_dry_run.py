@@ -43,10 +43,10 @@ BROKEN = {
         "t = torch.full((len(batch.samples),), move.t, device=self.device)",
         't = torch.full((len(batch.samples),), move.t, device="cpu")',
     ),
-    "text stays on the CPU": (
-        "megatron_pdmd/training/phase.py",
-        "text = self._prompts.batch(chosen).to(topology.device)",
-        "text = self._prompts.batch(chosen)",
+    "frequencies on the CPU": (
+        "megatron_pdmd/models/wan/embeddings.py",
+        "torch.arange(half, dtype=exact, device=t.device)",
+        'torch.arange(half, dtype=exact, device="cpu")',
     ),
     "positions on the CPU": (
         "megatron_pdmd/models/wan/model.py",
