@@ -10,6 +10,7 @@ from megatron_pdmd.parallel.data_parallel import (
     release_data_parallel,
     start_param_gather,
 )
+from megatron_pdmd.parallel.patience import patient_group
 from megatron_pdmd.parallel.topology import Topology, current_topology, destroy_topology, initialize_topology
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "finish_param_gather",
     "initialize_topology",
     "no_sync",
+    "patient_group",
     "release_data_parallel",
     "start_param_gather",
     "together",

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_pdmd.parallel.cpu import without_cuda
+from megatron_pdmd.parallel.patience import forget_patient_group, patient_group
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -104,6 +105,7 @@ def initialize_topology(
             f"torch.distributed runs on {dist.get_backend()} and --distributed-backend is {backend}; give the same one"
         )
     _current = _build_groups(tensor, pipeline, context, sequence_parallel, backend, device, timeout_minutes)
+    patient_group()  # made here, where all ranks are, and not where the first of them needs it
     return _current
 
 
@@ -136,6 +138,7 @@ def destroy_topology() -> None:
     for name, value in vars(parallel_state).items():
         if isinstance(value, dist.ProcessGroup):
             setattr(parallel_state, name, None)
+    forget_patient_group()
     dist.destroy_process_group()
     _current = None
 

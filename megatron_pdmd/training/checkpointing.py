@@ -12,7 +12,6 @@ import shutil
 import threading
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +20,13 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_pdmd.errors import require_space
 from megatron_pdmd.parallel.agreement import together
+from megatron_pdmd.parallel.patience import new_patient_group
 from megatron_pdmd.training.sharded_state import Shard, with_prefix
 from megatron_pdmd.training.torch_dist import read_index, read_shards, write_shards
 
 FORMAT_VERSION = 2
 TRACKER = "latest_checkpointed_iteration.txt"
 MANIFEST = "metadata.json"
-
-# How long ranks that have written their part wait for the last one; a rank that dies is noticed at once.
-_SLOWEST_WRITE = timedelta(hours=1)
 
 States = Mapping[str, Mapping[str, Shard]]
 
@@ -148,8 +145,8 @@ class CheckpointWriter:
         self._folder = folder
         self._keep_last = keep_last
         self._asynchronous = asynchronous
-        # Its own, so that a thread may talk in it while training talks in the others; on CPU with NCCL too.
-        self._group = dist.new_group(backend="gloo", timeout=_SLOWEST_WRITE)
+        # Its own, so that a thread may talk in it while training talks in the others.
+        self._group = new_patient_group()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 

@@ -2,10 +2,11 @@
 
 import os
 import socket
+import time
 
 import torch.distributed as dist
 
-from megatron_pdmd.parallel import initialize_topology
+from megatron_pdmd.parallel import destroy_topology, initialize_topology, patient_group
 
 WORLD_SIZE = 8
 
@@ -34,10 +35,14 @@ def test_the_rest_of_the_world_is_data_parallel(run_ranks):
     assert [members["dp"] for _, members in results] == [[0, 2], [1, 3], [0, 2], [1, 3]]
 
 
-def test_the_environment_of_torchrun_is_enough(run_ranks):
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        return probe.getsockname()[1]
+
+
+def test_the_environment_of_torchrun_is_enough(run_ranks):
+    port = free_port()
 
     def meet():
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -45,3 +50,23 @@ def test_the_environment_of_torchrun_is_enough(run_ranks):
         return topology.rank, topology.world_size, topology.data_rank, topology.backend
 
     assert run_ranks(meet, 2, rendezvous=False) == [(0, 2, 0, "gloo"), (1, 2, 1, "gloo")]
+
+
+def test_the_patient_group_waits_longer_than_the_others_and_goes_with_its_topology(run_ranks):
+    """Rank 1 is late by twice the time after which the other groups give up."""
+    port, seconds = free_port(), 1.0
+
+    def rank():
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        assert patient_group() is None
+        initialize_topology(tensor=2, timeout_minutes=seconds / 60)
+        group = patient_group()
+        assert patient_group() is group
+        time.sleep(2 * seconds * dist.get_rank())
+        dist.barrier(group)
+        described = dist.get_process_group_ranks(group), dist.get_backend(group)
+        destroy_topology()
+        assert patient_group() is None
+        return described
+
+    assert run_ranks(rank, 2, rendezvous=False) == [([0, 1], "gloo")] * 2
