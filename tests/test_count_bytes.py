@@ -35,9 +35,13 @@ def test_a_rank_holds_its_share_and_no_first_moment(count, capsys):
         assert row["weights"] - row["split"] == one["weights"] - one["split"]
         elements, copies = row["gradients"] / 4, 4 if row["distributed"] else 1
         assert abs(row["first_moment"] / (4 * elements / copies) - 1) < 0.02
+        assert row["checkpoint"] == one["checkpoint"]  # it is the same from any layout
         if row["role"] == "generator":  # fp32 adapters are their own main weights
             assert row["optimizer"] == row["first_moment"]
+            assert (row["checkpoint"], row["implied"]) == (2 * one["trained"], 0)
         else:
+            assert abs(row["checkpoint"] / (4 * one["trained"]) - 1) < 0.02  # 8 bytes for 2
+            assert abs(row["implied"] / one["trained"] - 1) < 0.02
             assert row["trained"] == row["weights"]
             assert abs(row["optimizer"] / (2 * row["first_moment"]) - 1) < 0.02
 

@@ -1,4 +1,4 @@
-"""Counts what each rank holds of the trained roles: weights, gradient buffers, optimizer states.
+"""Counts what each rank holds of the trained roles, weights, gradient buffers, optimizer states, and a checkpoint.
 
     python tools/count_bytes.py --model wan2.1-t2v-14b [--json FILE]
 
@@ -7,8 +7,9 @@ device: tensors have sizes and no memory. Networks are bf16 with fp32 main weigh
 """
 
 import json
+import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from megatron_pdmd.models.wan.config import WAN_PRESETS
 from megatron_pdmd.models.wan.model import WanModel
 from megatron_pdmd.parallel import data_parallel, destroy_topology, initialize_topology, without_cuda
 from megatron_pdmd.training.optimizer import build_optimizer
+from megatron_pdmd.training.sharded_state import Shard, parameter_shard
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +58,8 @@ class RoleBytes:
         gradients: the gradient buffer.
         optimizer: fp32 main weights and second moments.
         first_moment: what a first moment would add.
+        checkpoint: a checkpoint's bytes of what the role trains, all ranks together.
+        implied: bytes of the bf16 weights that it leaves out, for their fp32 main weights are there.
     """
 
     tensor: int
@@ -67,6 +71,8 @@ class RoleBytes:
     gradients: int
     optimizer: int
     first_moment: int
+    checkpoint: int
+    implied: int
 
 
 def main() -> None:
@@ -113,8 +119,9 @@ def _count_role(tensor: int, role: str, network: WanModel, distributed: bool) ->
     wrapped = data_parallel(network, bf16=True, use_distributed_optimizer=distributed)
     optimizer = build_optimizer([wrapped], lr=1e-4, bf16=True)
     optimizer.prepare_to_load(step_count=1)
-    own = {name: sum(box.tensor.numel() * 4 for box in s.boxes) for name, s in optimizer.sharded_state().items()}
-    second_moments = sum(size for name, size in own.items() if name.endswith(".exp_avg_sq"))
+    masters, moments = optimizer.master_weights(), optimizer.sharded_state()
+    saved = {name: parameter_shard(name, p) for name, p in network.named_parameters() if p.requires_grad} | masters
+    second_moments = _held(moments)
     return RoleBytes(
         tensor=tensor,
         distributed=distributed,
@@ -123,9 +130,21 @@ def _count_role(tensor: int, role: str, network: WanModel, distributed: bool) ->
         split=split,
         trained=trained,
         gradients=sum(buffer.grad_data.numel() * buffer.grad_data.element_size() for buffer in wrapped.buffers),
-        optimizer=sum(own.values()),
+        optimizer=_held(masters) + second_moments,
         first_moment=second_moments,
+        checkpoint=_whole(saved) + _whole(moments),
+        implied=_whole(masters) // 2,
     )
+
+
+def _held(shards: Mapping[str, Shard]) -> int:
+    """Bytes of fp32 tensors' parts on this rank."""
+    return sum(box.tensor.numel() * 4 for shard in shards.values() for box in shard.boxes)
+
+
+def _whole(shards: Mapping[str, Shard]) -> int:
+    """Bytes of the tensors in full."""
+    return sum(math.prod(shard.shape) * shard.dtype.itemsize for shard in shards.values())
 
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:
@@ -136,13 +155,15 @@ def table_of(options: CountOptions, rows: list[RoleBytes]) -> Table:
     """The numbers in GB; the split part times TP is 1 where every rank holds exactly its share of it."""
     title = f"{options.model}, GB on each rank, {options.data_parallel_size} data-parallel ranks"
     table = Table(title=title)
-    for name in ("role", "optimizer", "TP", "weights", "split part x TP", "gradients", "states", "first moment saved"):
+    numbers = ("TP", "weights", "split part x TP", "gradients", "states", "first moment saved")
+    for name in ("role", "optimizer", *numbers, "checkpoint", "left out of it"):
         table.add_column(name, justify="left" if name in ("role", "optimizer") else "right")
     for role in ("fake_score", "generator"):
         own = [row for row in rows if row.role == role]
         for row in own:
             split = row.split * row.tensor / (own[0].split * own[0].tensor)
-            sizes = [f"{size / 1e9:.3f}" for size in (row.gradients, row.optimizer, row.first_moment)]
+            counted = (row.gradients, row.optimizer, row.first_moment, row.checkpoint, row.implied)
+            sizes = [f"{size / 1e9:.3f}" for size in counted]
             kind = "distributed" if row.distributed else "plain"
             table.add_row(role, kind, str(row.tensor), f"{row.weights / 1e9:.3f}", f"{split:.4f}", *sizes)
     return table

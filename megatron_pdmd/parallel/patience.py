@@ -12,8 +12,8 @@ PATIENCE = timedelta(hours=1)
 def patient_group() -> dist.ProcessGroup | None:
     """All ranks, on gloo and for an hour: who waits in it holds up no device and meets no watchdog of NCCL.
 
-    Its collectives take CPU tensors and objects. `initialize_topology` makes it and `destroy_topology` takes it down. It
-    is the main thread's; another thread that communicates needs a group of its own, `new_patient_group`.
+    Its collectives take CPU tensors and objects. `initialize_topology` makes it and `destroy_topology` takes it down.
+    It is the main thread's; another thread that communicates needs a group of its own, `new_patient_group`.
 
     Returns:
         The group, or None where this process has no process groups.

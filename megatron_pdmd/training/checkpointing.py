@@ -1,8 +1,8 @@
 """Checkpoints in Megatron's layout: `iter_0000100/` folders and `latest_checkpointed_iteration.txt`.
 
 A checkpoint holds every role's weights and optimizer state as tensors in torch_dist format, which any layout of ranks
-reads, and `metadata.json`, the versioned manifest with everything else, written last. It is written under another name
-and renamed, so a crash leaves the last good one.
+reads, and `metadata.json`, the versioned manifest with everything else, written last. A bf16 weight with an fp32 master
+is held as that master. It is written under another name and renamed, so a crash leaves the last good one.
 """
 
 import json
@@ -24,7 +24,7 @@ from megatron_pdmd.parallel.patience import new_patient_group
 from megatron_pdmd.training.sharded_state import Shard, with_prefix
 from megatron_pdmd.training.torch_dist import read_index, read_shards, write_shards
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 TRACKER = "latest_checkpointed_iteration.txt"
 MANIFEST = "metadata.json"
 

@@ -100,21 +100,25 @@ class RoleOptimizer:
         """Copy the model's weights into the fp32 master weights, after the weights were changed from outside."""
         self._optimizer.reload_model_params()
 
-    def sharded_state(self) -> dict[str, Shard]:
-        """What a bit-exact resume needs besides the model's own weights and ``step_count``, as this rank holds it.
+    def master_weights(self) -> dict[str, Shard]:
+        """The fp32 weights of the bf16 parameters, by the parameters' names, as this rank holds them.
 
-        For each trainable parameter there are ``<name>.exp_avg_sq``, ``<name>.exp_avg`` unless beta_1 is 0, and
-        ``<name>.master`` (fp32) if the parameter is bf16. With several wrapped modules the names start with the
-        module's position, "0." and so on. Before the first step there are no moments. The tensors are the live ones:
-        the next step changes them, and loading into them restores the state.
+        Rounded to bf16 they are the parameters, to the bit. With several wrapped modules the names start with the
+        module's position, "0." and so on. The tensors are the live ones: the next step changes them, and loading into
+        them restores the masters, but not the parameters.
         """
-        state = {}
-        for name, parameter in self._named_params.items():
-            if parameter.dtype != torch.float32:
-                state[f"{name}.master"] = self._shard(f"{name}.master", parameter)
-            for key in self._moment_names() if self._step_count else ():
-                state[f"{name}.{key}"] = self._shard(f"{name}.{key}", parameter, key)
-        return state
+        named = self._named_params.items()
+        return {name: self._shard(name, p) for name, p in named if p.dtype != torch.float32}
+
+    def sharded_state(self) -> dict[str, Shard]:
+        """What a bit-exact resume needs besides the weights, the masters and ``step_count``, as this rank holds it.
+
+        For each trainable parameter there are ``<name>.exp_avg_sq`` and ``<name>.exp_avg``, unless beta_1 is 0; before
+        the first step there are none. Names and tensors are as in ``master_weights``.
+        """
+        keys = self._moment_names() if self._step_count else ()
+        named = self._named_params.items()
+        return {f"{name}.{key}": self._shard(f"{name}.{key}", p, key) for name, p in named for key in keys}
 
     def prepare_to_load(self, step_count: int) -> None:
         """Make room for the state of an optimizer that has made so many updates; ``sharded_state`` then names it all.

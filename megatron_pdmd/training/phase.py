@@ -15,7 +15,7 @@ from megatron_pdmd.parallel.topology import Topology
 from megatron_pdmd.training.checkpointing import Checkpoint
 from megatron_pdmd.training.networks import Networks, network_state
 from megatron_pdmd.training.optimizer import RoleOptimizer, build_optimizer
-from megatron_pdmd.training.sharded_state import Shard
+from megatron_pdmd.training.sharded_state import Shard, with_prefix
 
 Metrics = dict[str, float]
 
@@ -101,13 +101,16 @@ class PhaseTrainer:
         return fake | generator | {"skipped_updates": skipped}
 
     def state(self) -> dict[str, dict[str, Shard]]:
-        """Weights of the fake score and states of the optimizers, for a checkpoint to write, or to read into."""
+        """Weights of what learns in this phase and states of the optimizers, for a checkpoint to write.
+
+        Of a bf16 weight it is the fp32 master that is written, in the weight's place: rounding it gives the weight.
+        """
         states = {}
         for name, network in self._trained().items():
             network.optimizer.finish_param_gather()
             states[f"{name}_optimizer"] = network.optimizer.sharded_state()
-            if network is not self._generator:
-                states[name] = network_state(network.module)
+            state, weights = self._weights(name, network, masters=True)
+            states[state] = weights
         return states
 
     def optimizer_steps(self) -> dict[str, int]:
@@ -124,11 +127,13 @@ class PhaseTrainer:
         """
         for name, network in self._trained().items():
             if network is not self._generator:
-                checkpoint.read(name, network_state(network.module))
+                checkpoint.read(*self._weights(name, network))
             network.optimizer.reload_master_weights()
             if optimizers:
                 network.optimizer.prepare_to_load(checkpoint.manifest.optimizer_steps.get(name, 0))
                 checkpoint.read(f"{name}_optimizer", network.optimizer.sharded_state())
+                if network.optimizer.master_weights():
+                    checkpoint.read(*self._weights(name, network, masters=True))
 
     def release(self) -> None:
         """Frees buffers and optimizer states at the phase's end."""
@@ -142,6 +147,14 @@ class PhaseTrainer:
             if network not in found.values():
                 found[f"fake_score_{expert}"] = network
         return found
+
+    def _weights(self, name: str, network: TrainedNetwork, *, masters: bool = False) -> tuple[str, dict[str, Shard]]:
+        """The state of a checkpoint that holds a network's weights, and this rank's part of them."""
+        precise = network.optimizer.master_weights() if masters else {}
+        if network is self._generator:
+            state = f"generator_phase_{self.index}"
+            return state, self._networks.expert_state(self.index) | with_prefix("expert", precise)
+        return name, network_state(network.module) | precise
 
     def _update(
         self, role: str, network: TrainedNetwork, program: Callable[[Counter, MicroBatch], Program], counter: Counter

@@ -273,8 +273,8 @@ class Trainer:
 
     def _states(self, trainer: PhaseTrainer) -> dict[str, dict[str, Shard]]:
         """This rank's part of everything that a checkpoint holds."""
-        experts = {f"generator_phase_{k}": self._networks.expert_state(k) for k in range(1, trainer.index + 1)}
-        return trainer.state() | experts
+        earlier = {f"generator_phase_{k}": self._networks.expert_state(k) for k in range(1, trainer.index)}
+        return earlier | trainer.state()
 
     def _manifest(self, optimizer_steps: dict[str, int] | None = None) -> Manifest:
         topology = self._topology

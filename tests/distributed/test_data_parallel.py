@@ -92,8 +92,7 @@ def test_bf16_ranks_agree_and_reduce_in_fp32(run_ranks):
         x, y = (t.chunk(2)[topology.data_rank] for t in make_batch(0, torch.bfloat16))
         loss_of(module, x, y).backward()
         optimizer.step(optimizer.gradient_norm())
-        state = optimizer.sharded_state()
-        masters = [shard.boxes[0].tensor for name, shard in state.items() if name.endswith(".master")]
+        masters = [shard.boxes[0].tensor for shard in optimizer.master_weights().values()]
         return [p.main_grad for p in module.parameters()], masters
 
     results = run_ranks(reduced, 2)

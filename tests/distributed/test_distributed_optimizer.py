@@ -6,6 +6,7 @@ import torch.distributed as dist
 
 from megatron_pdmd.parallel import data_parallel, initialize_topology, no_sync, release_data_parallel, without_cuda
 from megatron_pdmd.training.optimizer import build_optimizer
+from megatron_pdmd.training.sharded_state import with_prefix
 
 LR, CLIP, STEPS, BATCH = 1e-2, 0.1, 4, 8
 OVERLAPS = [(False, False), (True, False), (False, True), (True, True)]
@@ -126,7 +127,8 @@ def test_each_rank_keeps_its_share_of_the_state_and_no_first_moment(run_ranks, d
         module, ddp, optimizer = make(dtype)
         train(module, ddp, optimizer, [0])
         kept = {t.untyped_storage() for state in optimizer._optimizer.state.values() for t in state.values()}
-        written = sum(shard.written_bytes for shard in optimizer.sharded_state().values())
+        shards = [*optimizer.sharded_state().values(), *optimizer.master_weights().values()]
+        written = sum(shard.written_bytes for shard in shards)
         return sum(storage.nbytes() for storage in kept), written, sum(p.numel() for p in module.parameters())
 
     results = run_ranks(rank, 2)
@@ -215,7 +217,8 @@ def test_megatron_cores_own_sharded_state_goes_there_and_back(run_ranks, tmp_pat
     kind = {"distrib_optim_sharding_type": "fully_reshardable"}
 
     def state_of(optimizer):
-        return {name: shard.staged() for name, shard in optimizer.sharded_state().items()}
+        shards = optimizer.sharded_state() | with_prefix("master", optimizer.master_weights())
+        return {name: shard.staged() for name, shard in shards.items()}
 
     def save():
         from megatron.core import dist_checkpointing

@@ -235,7 +235,7 @@ PROGRESS = asdict(Progress())
 
 def content_with(**changes) -> bytes:
     """A manifest with something wrong."""
-    good = {"format_version": 2, "ckpt_format": "torch_dist"} | asdict(manifest_of(1))
+    good = {"format_version": checkpointing.FORMAT_VERSION, "ckpt_format": "torch_dist"} | asdict(manifest_of(1))
     return json.dumps(good | changes).encode()
 
 
@@ -248,7 +248,7 @@ def content_with(**changes) -> bytes:
         b"[1, 2]",
         b"null",
         b"{}",
-        b'{"format_version": 2}',
+        b'{"format_version": 3}',
         content_with(format_version="2"),
         content_with(progress=PROGRESS | {"more": 1}),
         content_with(progress=PROGRESS | {"iteration": "5"}),
@@ -271,8 +271,8 @@ def test_a_foreign_or_damaged_manifest_is_refused(tmp_path, content):
 
 def test_another_version_is_named_whatever_else_it_holds(tmp_path):
     folder = save(tmp_path, 1)
-    (folder / checkpointing.MANIFEST).write_text(json.dumps({"format_version": 1, "files": ["generator"]}))
-    with pytest.raises(ValueError, match=r"format version 1; this program reads version 2"):
+    (folder / checkpointing.MANIFEST).write_text(json.dumps({"format_version": 2, "files": ["generator"]}))
+    with pytest.raises(ValueError, match=r"format version 2; this program reads version 3"):
         latest_checkpoint(tmp_path)
 
 

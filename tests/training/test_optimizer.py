@@ -7,6 +7,7 @@ import torch
 
 from megatron_pdmd.parallel import data_parallel
 from megatron_pdmd.training.optimizer import build_optimizer
+from megatron_pdmd.training.sharded_state import with_prefix
 
 pytestmark = pytest.mark.usefixtures("topology")
 
@@ -62,8 +63,9 @@ def torch_update(module, optimizer, step, clip_grad):
 
 
 def live(optimizer):
-    """The state's tensors by name; on one rank each is whole."""
-    return {name: one.tensor for name, shard in optimizer.sharded_state().items() for one in shard.boxes}
+    """The tensors of the state and of the masters by name; on one rank each is whole."""
+    shards = optimizer.sharded_state() | with_prefix("master", optimizer.master_weights())
+    return {name: one.tensor for name, shard in shards.items() for one in shard.boxes}
 
 
 def copied(optimizer):
@@ -202,8 +204,8 @@ def test_bf16_weights_are_roundings_of_fp32_masters_stepped_by_torch(assert_as_a
             reference.step()
     state = live(optimizer)
     for (name, parameter), master, finer in zip(module.named_parameters(), masters, exact, strict=True):
-        assert_as_accurate_as_torch(state[f"{name}.master"], master.detach(), finer.detach())
-        assert torch.equal(state[f"{name}.master"].bfloat16(), parameter)
+        assert_as_accurate_as_torch(state[f"master.{name}"], master.detach(), finer.detach())
+        assert torch.equal(state[f"master.{name}"].bfloat16(), parameter)
 
 
 def test_masters_can_follow_weights_changed_from_outside():
