@@ -202,6 +202,7 @@ def _check_signs(config: Config) -> None:
         "--fake-warmup": method.fake_warmup,
         "--phase": method.phase,
         "--save-interval": config.checkpoint.save_interval,
+        "--save-interval-minutes": config.checkpoint.save_interval_minutes,
         "--keep-last": config.checkpoint.keep_last,
         "--seed": training.seed,
         "--exit-interval": training.exit_interval,

@@ -132,11 +132,11 @@ class TrainingConfig:
     seed: int = 42
     # Run the networks in bfloat16, with fp32 master weights.
     bf16: bool = False
-    # Stop after saving when this many minutes have passed; 0 never does.
+    # Stop after saving when this many minutes have passed, also inside an iteration; 0 never does.
     exit_duration_in_mins: float = 0.0
     # Stop after saving once this many iterations are done in this launch; 0 never does.
     exit_interval: int = 0
-    # Save and stop (exit code 3) on SIGTERM and SIGINT.
+    # Save and stop (exit code 3) after the present update on SIGTERM and SIGINT.
     exit_signal_handler: bool = True
 
 
@@ -200,6 +200,8 @@ class CheckpointConfig:
     async_save: bool = False
     # Iterations between checkpoints; 0 saves only at the end of each phase.
     save_interval: int = 100
+    # Save, also inside an iteration, once this many minutes have passed since the last checkpoint; 0 never does.
+    save_interval_minutes: float = 0.0
     # Checkpoints kept, the newest ones; 0 keeps all.
     keep_last: int = 2
     # Write Hugging Face folders of the trained experts at the end.

@@ -65,7 +65,7 @@ def run(plan: Plan) -> int:
             reason = None
             finish(plan, topology, networks, trainer)
     if reason and topology.rank == 0:
-        print(f"stopped by {reason} after iteration {trainer.progress.iteration}, saved; the same command continues")
+        print(f"stopped by {reason} after {trainer.position}, saved; the same command continues")
     destroy_topology()
     return STOPPED_ON_REQUEST if reason else 0
 

@@ -27,6 +27,7 @@ from megatron_pdmd.training.torch_dist import read_index, read_shards, write_sha
 FORMAT_VERSION = 3
 TRACKER = "latest_checkpointed_iteration.txt"
 MANIFEST = "metadata.json"
+_REPLACED = ".replaced"
 
 States = Mapping[str, Mapping[str, Shard]]
 
@@ -66,6 +67,7 @@ class Manifest:
         seed: of the random counter.
         models: the network's shape for each of the teacher's experts, by the config's fields.
         layout: ranks along each axis that wrote it; for the reader's information.
+        open_updates: what was to be logged of each fake update that was done of an unfinished iteration.
     """
 
     progress: Progress
@@ -73,6 +75,7 @@ class Manifest:
     seed: int = 0
     models: dict[str, dict[str, Any]] = field(default_factory=dict)
     layout: dict[str, int] = field(default_factory=dict)
+    open_updates: list[dict[str, float]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -202,8 +205,9 @@ class CheckpointWriter:
         with together(self._group):
             if dist.get_rank(self._group) == 0:
                 self._folder.mkdir(parents=True, exist_ok=True)
-                for unfinished in self._folder.glob("iter_*.partial"):
-                    shutil.rmtree(unfinished)
+                replaced = [old for old in self._folder.glob(f"iter_*{_REPLACED}") if old.with_suffix("").exists()]
+                for leftover in [*self._folder.glob("iter_*.partial"), *replaced]:
+                    shutil.rmtree(leftover)
                 self._partial(progress).mkdir()
 
     def _partial(self, progress: Progress) -> Path:
@@ -228,14 +232,16 @@ class CheckpointWriter:
         content = {"format_version": FORMAT_VERSION, "ckpt_format": "torch_dist"} | asdict(manifest)
         (partial / MANIFEST).write_text(json.dumps(content, indent=2) + "\n")
         _sync(partial / MANIFEST, partial)
-        if finished.exists():
-            shutil.rmtree(finished)
+        if finished.exists():  # an iteration that was open was saved before, after fewer of its updates
+            finished.rename(finished.with_suffix(_REPLACED))
         partial.rename(finished)
         tracker = self._folder / f"{TRACKER}.partial"
         tracker.write_text(f"{manifest.progress.iteration}\n")
         _sync(tracker)
         tracker.replace(self._folder / TRACKER)
         _sync(self._folder)
+        for replaced in self._folder.glob(f"iter_*{_REPLACED}"):
+            shutil.rmtree(replaced)
         if self._keep_last:
             saved = sorted(path for path in self._folder.glob("iter_" + "[0-9]" * 7) if path.name <= finished.name)
             for old in saved[: -self._keep_last]:
@@ -260,6 +266,9 @@ def latest_checkpoint(folder: Path) -> Checkpoint | None:
     if not re.fullmatch("[0-9]{1,18}", text):
         raise ValueError(f"{tracker}: expected an iteration number, got '{text[:40]}'")
     checkpoint = folder / checkpoint_name(int(text))
+    replaced = checkpoint.with_suffix(_REPLACED)
+    if replaced.exists() and not checkpoint.exists():  # a crash came between two renames
+        checkpoint = replaced
     manifest = _read_manifest(checkpoint)
     return Checkpoint(checkpoint, manifest, read_index(checkpoint))
 
@@ -310,13 +319,14 @@ def _read_manifest(checkpoint: Path) -> Manifest:
         raise ValueError(f"{checkpoint}: format version {version}; this program reads version {FORMAT_VERSION}")
     if version != FORMAT_VERSION or not _is_manifest(content):
         raise ValueError(f"{path}: not a checkpoint's manifest; resume from another checkpoint")
-    values = {name: content[name] for name in ("optimizer_steps", "seed", "models", "layout")}
+    values = {name: content[name] for name in ("optimizer_steps", "seed", "models", "layout", "open_updates")}
     return Manifest(progress=Progress(**content["progress"]), **values)
 
 
 def _is_manifest(content: dict[str, Any]) -> bool:
     progress, types = content.get("progress"), {one.name: one.type for one in fields(Progress)}
-    steps, models, layout = (content.get(name) for name in ("optimizer_steps", "models", "layout"))
+    names = ("optimizer_steps", "models", "layout", "open_updates")
+    steps, models, layout, updates = (content.get(name) for name in names)
     return (
         isinstance(progress, dict)
         and {name: type(value) for name, value in progress.items()} == types
@@ -326,4 +336,7 @@ def _is_manifest(content: dict[str, Any]) -> bool:
         and isinstance(models, dict)
         and all(isinstance(shape, dict) for shape in models.values())
         and isinstance(layout, dict)
+        and isinstance(updates, list)
+        and all(isinstance(update, dict) for update in updates)
+        and all(type(number) in (int, float) for update in updates for number in update.values())
     )

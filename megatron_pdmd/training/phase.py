@@ -76,22 +76,29 @@ class PhaseTrainer:
             expert: wrap(module) for expert, module in networks.fake_score.items()
         }
 
-    def run_iteration(self, index: int) -> Metrics:
+    def run_iteration(
+        self, index: int, logged: list[Metrics] | None = None, pause: Callable[[], bool] = lambda: False
+    ) -> Metrics | None:
         """n fake updates, then one generator update.
 
         Args:
             index: 0-based iteration of the phase.
+            logged: the numbers of each fake update that was done before; those of the others are appended.
+            pause: called between two updates; whether to stop there. The same answer on all ranks.
 
         Returns:
-            What to log: losses averaged over the updates and all ranks, gradient norms, `skipped_updates`.
+            What to log: losses averaged over the updates and all ranks, gradient norms, `skipped_updates`. None where
+            it was stopped; called again with `logged` it goes on, to the bit.
         """
         method, counter = self._config.method, Counter(self._config.training.seed, self.index, index, GENERATOR_UPDATE)
         updates = method.fake_updates + (method.fake_warmup if index == 0 else 0)
-        logged = []
-        for update in range(updates):
+        logged = [] if logged is None else logged
+        for update in range(len(logged), updates):
             own = counter.at(update=update)
             network = self._fake_score[self._iteration.expert(own)]
             logged.append(self._update("fake", network, self._iteration.fake_update, own))
+            if pause():
+                return None
         fake = {name: math.fsum(entry[name] for entry in logged) / updates for name in logged[0]}
         generator = self._update("generator", self._generator, self._iteration.generator_update, counter)
         if not generator["skipped_updates"]:

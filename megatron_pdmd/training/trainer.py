@@ -1,13 +1,8 @@
 """The run: phases one after another, each trained, logged, saved, and handed on to the next."""
 
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from types import FrameType
-
-import torch
 
 from megatron_pdmd.config import Config
 from megatron_pdmd.data.prompts import PromptEmbeddings
@@ -26,34 +21,11 @@ from megatron_pdmd.training.checkpointing import (
 )
 from megatron_pdmd.training.metrics_log import MetricsLog
 from megatron_pdmd.training.networks import Networks
-from megatron_pdmd.training.phase import PhaseTrainer
+from megatron_pdmd.training.phase import Metrics, PhaseTrainer
 from megatron_pdmd.training.sampling import SAMPLING_PHASE, Sampler
 from megatron_pdmd.training.sharded_state import Shard
 from megatron_pdmd.training.sheets import SampleSheets
-
-
-@dataclass
-class StopRequest:
-    """Whether and why the run should stop after the present iteration."""
-
-    reason: str | None = None
-
-    def receive(self, number: int, frame: FrameType | None) -> None:
-        """Signal handler."""
-        self.reason = signal.Signals(number).name
-
-    @contextmanager
-    def on_signals(self, enabled: bool) -> Iterator[None]:
-        """SIGTERM and SIGINT ask for a stop inside the block instead of ending the process."""
-        if not enabled:
-            yield
-            return
-        before = {number: signal.signal(number, self.receive) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+from megatron_pdmd.training.stopping import StopRequest
 
 
 @dataclass(frozen=True)
@@ -96,8 +68,8 @@ class Trainer:
         self._prompts = prompts
         self._latent_shape = latent_shape
         self._sheets = SampleSheets(config)
-        self._started = time.monotonic()
         self._done_here = 0
+        self._open_updates: list[Metrics] = []
         self._clock = time.monotonic()
         self._start: Start | None = None
         self.progress = Progress()
@@ -118,6 +90,7 @@ class Trainer:
             check_models(start.checkpoint, self._manifest().models)
         if start and not start.finetune:
             self.progress, saved = start.checkpoint.progress, start.checkpoint.manifest
+            self._open_updates = list(saved.open_updates)
             if saved.seed != self._config.training.seed:
                 raise CheckpointError(
                     f"--seed {self._config.training.seed}: {start.checkpoint.folder} was saved with --seed {saved.seed}"
@@ -148,8 +121,8 @@ class Trainer:
         if self._topology.rank == 0:
             logging = self._config.logging
             log = MetricsLog(options.save, total, self.progress.iteration, logging.tensorboard)
-        stop = StopRequest()
-        with stop.on_signals(self._config.training.exit_signal_handler):
+        stop = StopRequest(self._config.training, options)
+        with stop.on_signals():
             for phase in self._plan.phases:
                 if self._phase_is_done(phase.index):
                     continue
@@ -157,6 +130,7 @@ class Trainer:
                     break
                 if phase.index > self.progress.phase:
                     self.progress = replace(self.progress, phase=phase.index, phase_iteration=0)
+                    self._open_updates = []
                 self._clock = time.monotonic()
                 self._train_phase(phase, writer, log, stop)
                 self._count_time()
@@ -166,6 +140,12 @@ class Trainer:
         if log:
             log.close()
         return stop.reason
+
+    @property
+    def position(self) -> str:
+        """How far the run is, in words."""
+        updates = len(self._open_updates)
+        return f"iteration {self.progress.iteration}" + (f" and {updates} updates of the next" if updates else "")
 
     @property
     def finished(self) -> bool:
@@ -197,21 +177,33 @@ class Trainer:
         )
         self._networks.start_phase(phase.index, phase.expert, iteration.experts())
         trainer = self._phase_trainer(phase, iteration)
-        count = self.phase_iterations(phase.index)
-        while self.progress.phase_iteration < count and not stop.reason:
-            self._train_iteration(trainer, log)
-            last = self.progress.phase_iteration == count
-            self._agree_to_stop(stop)
-            every = self._config.checkpoint.save_interval
-            if last or stop.reason or (every and self.progress.iteration % every == 0):
+        count, every = self.phase_iterations(phase.index), self._config.checkpoint.save_interval
+
+        def between_updates(save: bool = False) -> bool:
+            stop.agree(self._done_here)
+            if save or stop.reason or stop.save_is_due:
+                self._count_time()
                 writer.save(self._manifest(trainer.optimizer_steps()), self._states(trainer))
-            self._draw_sheet(last)
+                stop.saved()
+            return stop.reason is not None
+
+        while self.progress.phase_iteration < count and not stop.reason:
+            if self._train_iteration(trainer, log, between_updates):
+                last = self.progress.phase_iteration == count
+                between_updates(save=last or bool(every and self.progress.iteration % every == 0))
+                self._draw_sheet(last)
         trainer.release()
         self._networks.finish_phase(phase.index)
 
-    def _train_iteration(self, trainer: PhaseTrainer, log: MetricsLog | None) -> None:
+    def _train_iteration(
+        self, trainer: PhaseTrainer, log: MetricsLog | None, between_updates: Callable[[], bool]
+    ) -> bool:
+        """What is left of an iteration; whether it was finished and not stopped between two updates."""
         started = time.perf_counter()
-        metrics = trainer.run_iteration(self.progress.phase_iteration)
+        metrics = trainer.run_iteration(self.progress.phase_iteration, self._open_updates, between_updates)
+        if metrics is None:
+            return False
+        self._open_updates = []
         before, size = self.progress, self._config.training.global_batch_size
         skipped = metrics.pop("skipped_updates")
         self.progress = replace(
@@ -237,25 +229,12 @@ class Trainer:
                 "skipped_updates": self.progress.skipped_updates,
             }
             log.write(entry | metrics)
+        return True
 
     def _count_time(self) -> None:
         now = time.monotonic()
         self.progress = replace(self.progress, train_seconds=self.progress.train_seconds + now - self._clock)
         self._clock = now
-
-    def _agree_to_stop(self, stop: StopRequest) -> None:
-        """All ranks stop after the same iteration: at a signal to any of them, a time limit, or an iteration limit."""
-        training = self._config.training
-        minutes = (time.monotonic() - self._started) / 60
-        if training.exit_duration_in_mins and minutes >= training.exit_duration_in_mins:
-            stop.reason = "--exit-duration-in-mins"
-        if training.exit_interval and self._done_here >= training.exit_interval:
-            stop.reason = "--exit-interval"
-        if self._topology.world_size > 1:
-            wanted = torch.tensor(float(stop.reason is not None), device=self._topology.device)
-            torch.distributed.all_reduce(wanted, op=torch.distributed.ReduceOp.MAX)
-            if wanted.item() and not stop.reason:
-                stop.reason = "another rank"
 
     def _phase_trainer(self, phase: Phase, iteration: Iteration) -> PhaseTrainer:
         """The phase's trainer, with what the launch's checkpoint has of this phase."""
@@ -284,6 +263,7 @@ class Trainer:
             seed=self._config.training.seed,
             models={expert: asdict(model.config) for expert, model in self._networks.teacher.items()},
             layout={"tensor": topology.tensor, "context": topology.context, "data": topology.data},
+            open_updates=list(self._open_updates),
         )
 
     def _draw_sheet(self, last: bool) -> None:

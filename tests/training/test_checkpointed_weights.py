@@ -1,4 +1,4 @@
-"""Checkpoints of bf16 runs hold fp32 masters in place of weights, and every way of loading rounds them back to the bit."""
+"""Checkpoints of bf16 runs hold fp32 masters in place of weights; every way of loading rounds them back to the bit."""
 
 import math
 import sys

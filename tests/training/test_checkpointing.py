@@ -130,6 +130,53 @@ def test_a_crash_at_any_stage_leaves_the_last_good_checkpoint(owner, name, async
     assert survivors, f"{name} is never called"
 
 
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize(
+    ("owner", "name", "survivors"),
+    [(Path, "write_text", {1, 2}), (Path, "rename", {1}), (Path, "replace", {2}), (shutil, "rmtree", {2})],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_crash_while_an_open_iteration_is_saved_again_leaves_the_one_or_the_other(
+    owner, name, survivors, asynchronous, tmp_path, monkeypatch
+):
+    """Both have the iteration's name; the n-th call of `name` within the second save never returns, for every n."""
+    real, found = getattr(owner, name), set()
+
+    def save_after(updates: int, folder: Path) -> None:
+        writer = CheckpointWriter(folder, keep_last=1, asynchronous=asynchronous)
+        try:
+            writer.save(replace(manifest_of(1), open_updates=[{"fake_loss": 0.5}] * updates), states(updates))
+        finally:
+            writer.close()
+
+    for fatal in itertools.count(1):
+        folder, calls = tmp_path / f"{fatal}", itertools.count(1)
+
+        def dying(*args, calls=calls, fatal=fatal, **options):
+            if next(calls) == fatal:
+                raise Crash
+            return real(*args, **options)
+
+        save_after(1, folder)
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, dying)
+            crashed = False
+            try:
+                save_after(2, folder)
+            except Crash:
+                crashed = True
+        last = latest_checkpoint(folder)
+        updates = len(last.manifest.open_updates)
+        assert torch.equal(read(last, "generator")["a"], torch.full((3,), float(updates)))
+        if not crashed:
+            break
+        found.add(updates)
+        save_after(3, folder)
+        assert len(latest_checkpoint(folder).manifest.open_updates) == 3
+        assert sorted(path.name for path in folder.iterdir()) == ["iter_0000001", checkpointing.TRACKER]
+    assert (updates, found) == (2, survivors)
+
+
 def test_training_goes_on_while_a_checkpoint_is_written_and_does_not_change_it(tmp_path, monkeypatch):
     writer = CheckpointWriter(tmp_path, asynchronous=True)
     write = FileSystemWriter.write_data
@@ -260,6 +307,9 @@ def content_with(**changes) -> bytes:
         content_with(optimizer_steps=[]),
         content_with(models={"single": 3}),
         content_with(layout=None),
+        content_with(open_updates=None),
+        content_with(open_updates=[3]),
+        content_with(open_updates=[{"fake_loss": "3"}]),
     ],
 )
 def test_a_foreign_or_damaged_manifest_is_refused(tmp_path, content):

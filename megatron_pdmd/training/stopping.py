@@ -1,0 +1,87 @@
+"""Stopping a run between two updates: at a signal or a limit on any rank, agreed by all of them."""
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+from megatron_pdmd.config import CheckpointConfig, TrainingConfig
+from megatron_pdmd.parallel.patience import patient_group
+
+# What may stop a run, the weightiest last: where ranks have several reasons, that is the one they agree on.
+_REASONS = ("--exit-interval", "--exit-duration-in-mins", "SIGINT", "SIGTERM")
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopRequest:
+    """Whether to stop or to save now, the same on all ranks.
+
+    What a rank meets by itself, a signal or a time that is up, it keeps to itself until `agree`. All ranks call that
+    between the same two updates, and act on what they agreed alone, so none goes where the others do not follow.
+
+    Attributes:
+        reason: why the ranks agreed to stop, or None.
+        save_is_due: whether they agreed that it is time to save (`--save-interval-minutes`).
+    """
+
+    def __init__(self, training: TrainingConfig, checkpoint: CheckpointConfig):
+        self._training = training
+        self._save_minutes = checkpoint.save_interval_minutes
+        self._started = self._saved = time.monotonic()
+        self._signal: str | None = None
+        self.reason: str | None = None
+        self.save_is_due = False
+
+    @contextmanager
+    def on_signals(self) -> Iterator[None]:
+        """Inside the block SIGTERM and SIGINT ask for a stop and end no process (`--exit-signal-handler`)."""
+        if not self._training.exit_signal_handler:
+            yield
+            return
+        before = {number: signal.signal(number, self._receive) for number in _SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def agree(self, iterations: int) -> None:
+        """Sets `reason` and `save_is_due` to what any rank wants. Called on all ranks, between updates.
+
+        It is one all-reduce of two numbers in CPU memory: no device is waited for, and a rank that still writes or
+        draws is waited for with patience.
+
+        Args:
+            iterations: done in this launch.
+        """
+        wanted = self._wanted(iterations)
+        now = time.monotonic()
+        save = self._save_minutes > 0 and now - self._saved >= 60 * self._save_minutes
+        answer = torch.tensor([1 + _REASONS.index(wanted) if wanted else 0, int(save)])
+        if dist.get_world_size() > 1:
+            dist.all_reduce(answer, op=dist.ReduceOp.MAX, group=patient_group())
+        stop, due = answer.tolist()
+        self.reason = _REASONS[stop - 1] if stop else None
+        self.save_is_due = bool(due)
+
+    def saved(self) -> None:
+        """A checkpoint was saved: the minutes to the next one count from here."""
+        self._saved = time.monotonic()
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self._signal = signal.Signals(number).name
+
+    def _wanted(self, iterations: int) -> str | None:
+        """Why this rank would stop."""
+        training, minutes = self._training, (time.monotonic() - self._started) / 60
+        if self._signal:
+            return self._signal
+        if training.exit_duration_in_mins and minutes >= training.exit_duration_in_mins:
+            return "--exit-duration-in-mins"
+        if training.exit_interval and iterations >= training.exit_interval:
+            return "--exit-interval"
+        return None
