@@ -15,12 +15,14 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_pdmd.errors import require_space
 from megatron_pdmd.parallel.agreement import together
 from megatron_pdmd.parallel.patience import new_patient_group
+from megatron_pdmd.parallel.topology import current_topology
 from megatron_pdmd.training.sharded_state import Shard, with_prefix
 from megatron_pdmd.training.torch_dist import read_index, read_shards, write_shards
 
@@ -150,6 +152,7 @@ class CheckpointWriter:
         self._asynchronous = asynchronous
         # Its own, so that a thread may talk in it while training talks in the others.
         self._group = new_patient_group()
+        self._device = current_topology().device
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -215,6 +218,8 @@ class CheckpointWriter:
 
     def _write_in_background(self, manifest: Manifest, shards: Mapping[str, Shard]) -> None:
         try:
+            if self._device.type == "cuda":
+                torch.cuda.set_device(self._device)  # a new thread is on the node's first, for all ranks
             self._write(manifest, shards)
         except BaseException as error:  # told to the main thread by `wait`
             self._error = error

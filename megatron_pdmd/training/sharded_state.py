@@ -59,8 +59,9 @@ class Shard:
         return sum(box.tensor.numel() * box.tensor.element_size() for box in self.boxes) if self.written else 0
 
     def staged(self) -> "Shard":
-        """What is to be written of it, in CPU memory of its own."""
+        """What is to be written of it, in CPU memory of its own; a device's part is there when this returns."""
         boxes = self.boxes if self.written else ()
+        # To pageable memory and blocking, so the stream that computes the tensor is waited for.
         return replace(self, boxes=tuple(Box(box.offsets, box.tensor.to("cpu", copy=True)) for box in boxes))
 
     def __create_write_items__(self, name: str, shard: "Shard") -> list[WriteItem]:

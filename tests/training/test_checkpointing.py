@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import shutil
+import threading
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -201,6 +202,26 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_does_not_change_it(t
     assert_whole(tmp_path, {2})
     (tmp_path / checkpointing.TRACKER).write_text("1")
     assert_whole(tmp_path, {1})
+
+
+@pytest.mark.parametrize(
+    ("device", "expected"), [(torch.device("cuda", 3), [torch.device("cuda", 3)]), (torch.device("cpu"), [])], ids=str
+)
+def test_the_writing_thread_is_on_its_ranks_device(device, expected, tmp_path, monkeypatch):
+    """There is no GPU here: what the thread asks of torch.cuda is recorded, and that it asks before it writes."""
+    calls = []
+    monkeypatch.setattr(checkpointing, "current_topology", lambda: SimpleNamespace(device=device))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda chosen: calls.append((threading.get_ident(), chosen)))
+    write = FileSystemWriter.write_data
+
+    def record(self, *arguments):
+        calls.append((threading.get_ident(), "writes"))
+        return write(self, *arguments)
+
+    monkeypatch.setattr(FileSystemWriter, "write_data", record)
+    save(tmp_path, 1, asynchronous=True)
+    assert [what for _, what in calls] == [*expected, "writes"]
+    assert {thread for thread, _ in calls} != {threading.get_ident()} and len({thread for thread, _ in calls}) == 1
 
 
 def test_a_failure_in_the_background_is_told_at_the_next_save(tmp_path, monkeypatch):

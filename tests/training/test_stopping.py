@@ -67,12 +67,14 @@ def terminate() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-@pytest.mark.parametrize("more", VARIANTS.values(), ids=VARIANTS.keys())
-def test_a_run_stopped_after_every_update_is_the_undisturbed_one(more, finished, launch, tmp_path, capsys):
-    """18 launches of one update each, generator updates and a change of phase among them."""
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_run_stopped_after_any_update_is_the_undisturbed_one(variant, finished, launch, tmp_path, capsys):
+    """Stopped after each of the 17 updates before the last, or after some: generator updates and a phase's last too."""
+    more = VARIANTS[variant]
     run, expected = tmp_path / "run", finished(*more)
-    for update in range(1, UPDATES):
-        with on_update(1, terminate):
+    stops = range(1, UPDATES) if more == PLAIN else (2, 6, 9, 10)
+    for before, update in itertools.pairwise((0, *stops)):
+        with on_update(update - before, terminate):
             assert launch(run, *more) == 3
         iteration, done = divmod(update, 3)
         assert position(run) == (iteration, 1 if update <= 9 else 2, done)
