@@ -139,7 +139,7 @@ def finish(plan: Plan, topology: Topology, networks: Networks, trainer: Trainer)
     """Exports the experts, measures the task, and writes summary.json."""
     config = plan.config
     if config.checkpoint.export:
-        export_run(config, plan.source, plan.phases, networks, config.checkpoint.save / "hf", rank=topology.rank)
+        export_run(config, plan.source, plan.phases, networks, config.checkpoint.save / "hf")
         if topology.rank == 0:
             print(f"exported to {config.checkpoint.save / 'hf'}")
     summary = {

@@ -2,24 +2,29 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megatron_pdmd.conversion.model_card import model_card
 from megatron_pdmd.conversion.pipeline_folder import TRANSFORMERS, PipelineFolder, read_pipeline
 from megatron_pdmd.conversion.weight_files import (
     DIFFUSERS_STEM,
     StoredTensor,
-    model_size,
+    WeightFile,
+    plan_files,
     read_model_header,
-    write_model,
+    write_index,
 )
+from megatron_pdmd.conversion.writers import Writers
 from megatron_pdmd.errors import require_space
+from megatron_pdmd.models.lora import WholeTensor
+from megatron_pdmd.parallel.agreement import together
 
 SAMPLING_FILE = "few_step_sampling.json"
 _FORMAT = "megatron-pdmd-few-step"
@@ -33,12 +38,12 @@ class TrainedExpert:
     Attributes:
         steps: noise levels at which sampling evaluates it, falling.
         base: the source's expert that it was trained from (`single`, `high_noise`, `low_noise`).
-        tensors: its weights under diffusers' names; pairs are taken one by one, so that a generator streams them.
+        tensors: its weights under diffusers' names, in memory or to be gathered file by file.
     """
 
     steps: tuple[float, ...]
     base: str
-    tensors: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]
+    tensors: Mapping[str, torch.Tensor | WholeTensor]
 
 
 def export_pipeline(
@@ -51,10 +56,11 @@ def export_pipeline(
     dtype: torch.dtype | None = None,
     max_shard_size: int = 5_000_000_000,
     prompt_length: int | None = None,
-) -> PipelineFolder:
-    """Writes the experts with everything else that the source's pipeline has.
+) -> None:
+    """Writes the experts with everything else that the source's pipeline has. Called on all ranks.
 
-    The folder is written under another name and renamed, so that it is there as a whole or not at all.
+    The replicas of the experts share the work; every file is what a single rank would write. The folder is written
+    under another name and renamed, so that it is there as a whole or not at all.
 
     Args:
         source: the teacher's folder.
@@ -67,19 +73,17 @@ def export_pipeline(
         max_shard_size: bytes in one file.
         prompt_length: tokens that the experts were trained with; told in the model card.
 
-    Returns:
-        The written folder.
-
     Raises:
         ValueError: more experts than a pipeline holds, a boundary that does not separate them, weights that do not fit
             the source's, an occupied destination, or no space on the disk.
+        Exception: what any rank met while writing, on all ranks.
     """
-    destination = Path(destination)
-    boundary_ratio = _checked_boundary(experts, boundary_ratio)
-    headers = [read_model_header(source.path / source.experts[expert.base], DIFFUSERS_STEM) for expert in experts]
-    copied = [name for name in source.model_classes if name not in (*TRANSFORMERS, "scheduler")]
-    needed = sum(model_size(header, dtype) for header in headers) + _copied_size(source, copied)
-    require_space(destination, needed, "--hf")
+    destination, writers = Path(destination), Writers.current()
+    with together(writers.group):
+        boundary_ratio = _checked_boundary(experts, boundary_ratio)
+        for subfolder, expert in zip(TRANSFORMERS, experts, strict=False):
+            header = read_model_header(source.path / source.experts[expert.base], DIFFUSERS_STEM)
+            _check_shapes(subfolder, {name: tuple(t.shape) for name, t in expert.tensors.items()}, header)
     sampling = {
         "format": _FORMAT,
         "steps": [list(expert.steps) for expert in experts],
@@ -88,28 +92,61 @@ def export_pipeline(
         "guidance_scale": 1.0,
         "prompt_length": prompt_length,
     }
-    with replaced_folder(destination, lambda folder: (folder / SAMPLING_FILE).is_file()) as partial:
-        _copy_parts(source, copied, partial)
-        for subfolder, expert, header in zip(TRANSFORMERS, experts, headers, strict=False):
-            (partial / subfolder).mkdir()
-            shutil.copyfile(
-                source.path / source.experts[expert.base] / "config.json", partial / subfolder / "config.json"
-            )
-            pairs = expert.tensors.items() if isinstance(expert.tensors, Mapping) else expert.tensors
-            shapes = write_model(partial / subfolder, pairs, dtype=dtype, max_shard_size=max_shard_size)
-            _check_shapes(subfolder, shapes, header)
-        _write_scheduler(partial / "scheduler", shift)
-        _write_json(partial / "model_index.json", _model_index(source, len(experts), boundary_ratio))
-        _write_json(partial / SAMPLING_FILE, sampling)
-        (partial / "README.md").write_text(model_card(source, [expert.steps for expert in experts], sampling))
-    return read_pipeline(destination)
+    with replaced_folder(destination, lambda folder: (folder / SAMPLING_FILE).is_file(), writers.group) as partial:
+        models = [
+            plan_files(partial / subfolder, expert.tensors, dtype=dtype, max_shard_size=max_shard_size)
+            for subfolder, expert in zip(TRANSFORMERS, experts, strict=False)
+        ]
+        with together(writers.group):
+            if writers.leads:
+                _make_folders(source, destination, models)
+        with together(writers.group):
+            if not partial.is_dir():
+                raise ValueError(f"--hf {destination}: is not the same folder on every node; name one on a shared disk")
+        for number, file in enumerate(writers.rounds([file for files in models for file in files])):
+            with together(writers.group):
+                if file:
+                    file.write(writers.writes)
+                if number == 0 and writers.leads:
+                    _write_rest(source, experts, models, sampling, partial)
+        with together(writers.group):
+            if writers.leads:
+                read_pipeline(partial)
 
 
-def _copy_parts(source: PipelineFolder, components: Sequence[str], destination: Path) -> None:
-    for name in components:
-        shutil.copytree(source.path / name, destination / name, ignore=_NEVER_COPIED)
+def _make_folders(source: PipelineFolder, destination: Path, models: Sequence[Sequence[WeightFile]]) -> None:
+    """Makes the models' folders where the disk has room for everything."""
+    copied = (source.path / name for name in _copied(source))
+    parts = sum(path.stat().st_size for folder in copied for path in folder.rglob("*") if path.is_file())
+    require_space(destination, sum(file.size for files in models for file in files) + parts, "--hf")
+    for files in models:
+        files[0].path.parent.mkdir()
+
+
+def _write_rest(
+    source: PipelineFolder,
+    experts: Sequence[TrainedExpert],
+    models: Sequence[Sequence[WeightFile]],
+    sampling: Mapping[str, Any],
+    partial: Path,
+) -> None:
+    """Everything but the weights: their indices, the other parts of the pipeline, and how it is to be sampled."""
+    for name in _copied(source):
+        shutil.copytree(source.path / name, partial / name, ignore=_NEVER_COPIED)
     for path in [*source.path.glob("LICENSE*"), *source.path.glob("NOTICE*")]:
-        shutil.copyfile(path, destination / path.name)
+        shutil.copyfile(path, partial / path.name)
+    for expert, files in zip(experts, models, strict=True):
+        shutil.copyfile(source.path / source.experts[expert.base] / "config.json", files[0].path.parent / "config.json")
+        write_index(files)
+    _write_scheduler(partial / "scheduler", sampling["timestep_shift"])
+    _write_json(partial / "model_index.json", _model_index(source, len(experts), sampling["boundary_ratio"]))
+    _write_json(partial / SAMPLING_FILE, sampling)
+    (partial / "README.md").write_text(model_card(source, [expert.steps for expert in experts], sampling))
+
+
+def _copied(source: PipelineFolder) -> list[str]:
+    """The components that an export takes over as they are."""
+    return [name for name in source.model_classes if name not in (*TRANSFORMERS, "scheduler")]
 
 
 def read_sampling(folder: Path) -> dict[str, Any] | None:
@@ -136,33 +173,47 @@ def read_sampling(folder: Path) -> dict[str, Any] | None:
 
 
 @contextmanager
-def replaced_folder(destination: Path, is_ours: Callable[[Path], bool]) -> Iterator[Path]:
+def replaced_folder(
+    destination: Path, is_ours: Callable[[Path], bool], group: dist.ProcessGroup | None = None
+) -> Iterator[Path]:
     """A folder to write into, which becomes `destination` when the body is done and vanishes when it fails.
 
     Args:
         destination: new, empty, or made by an earlier call.
         is_ours: tells whether a folder that is not empty may be replaced.
+        group: the ranks that write into it; what the body raises, it raises on all of them.
 
     Raises:
         ValueError: the destination holds something else.
     """
-    if destination.exists() and not destination.is_dir():
-        raise ValueError(f"--hf {destination}: is a file; name a folder")
-    if destination.exists() and any(destination.iterdir()) and not is_ours(destination):
-        raise ValueError(f"--hf {destination}: is not empty and not an export of this program; name a new folder")
+    leads = not dist.is_initialized() or dist.get_rank() == 0
     partial, old = (destination.with_name(f".{destination.name}.{kind}") for kind in ("partial", "old"))
-    for leftover in (partial, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    partial.mkdir(parents=True)
+    with together(group):
+        if leads:
+            if destination.exists() and not destination.is_dir():
+                raise ValueError(f"--hf {destination}: is a file; name a folder")
+            if destination.exists() and any(destination.iterdir()) and not is_ours(destination):
+                raise ValueError(
+                    f"--hf {destination}: is not empty and not an export of this program; name a new folder"
+                )
+            for leftover in (partial, old):
+                shutil.rmtree(leftover, ignore_errors=True)
+            partial.mkdir(parents=True)
     try:
         yield partial
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+    except BaseException as error:
+        if leads:
+            shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, Exception):  # no rank ends the job before the folder is gone
+            with together(group):
+                pass
         raise
-    if destination.exists():
-        destination.rename(old)
-    partial.rename(destination)
-    shutil.rmtree(old, ignore_errors=True)
+    with together(group):
+        if leads:
+            if destination.exists():
+                destination.rename(old)
+            partial.rename(destination)
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def _checked_boundary(experts: Sequence[TrainedExpert], boundary: float | None) -> float | None:
@@ -191,10 +242,6 @@ def _check_shapes(subfolder: str, shapes: Mapping[str, tuple[int, ...]], header:
             f"{subfolder}: {len(wrong)} tensors do not fit the source's, such as '{name}': "
             f"{shapes.get(name, 'missing')} for {expected.get(name, 'none')}; name the teacher that was distilled"
         )
-
-
-def _copied_size(source: PipelineFolder, names: Sequence[str]) -> int:
-    return sum(path.stat().st_size for name in names for path in (source.path / name).rglob("*") if path.is_file())
 
 
 def _model_index(source: PipelineFolder, experts: int, boundary_ratio: float | None) -> dict[str, Any]:

@@ -1,14 +1,17 @@
-"""Safetensors on disk: headers read and checked without the weights, and sharded files written as they stream by."""
+"""Safetensors on disk: headers read and checked without the weights, and files planned before they are written."""
 
 import json
 import math
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
+
+from megatron_pdmd.models.lora import WholeTensor
 
 DIFFUSERS_STEM = "diffusion_pytorch_model"
 TRANSFORMERS_STEM = "model"
@@ -88,69 +91,99 @@ def read_model_header(folder: Path, stem: str) -> dict[str, StoredTensor]:
     return {tensor: headers[name][tensor] for tensor, name in weight_map.items()}
 
 
-def write_model(
+@dataclass(frozen=True)
+class WeightFile:
+    """A file to be written.
+
+    Attributes:
+        path: where.
+        tensors: what goes into it, in memory or to be gathered.
+        dtype: what floating-point tensors are cast to; None keeps theirs.
+    """
+
+    path: Path
+    tensors: Mapping[str, torch.Tensor | WholeTensor]
+    dtype: torch.dtype | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes of its tensors."""
+        return sum(_stored_size(tensor, self.dtype) for tensor in self.tensors.values())
+
+    def write(self, writes: bool = True) -> None:
+        """Gathers the tensors, one after the other, and writes them.
+
+        Args:
+            writes: whether this rank is the one that writes. The others of its tensor-parallel group help to gather.
+        """
+        held = {}
+        for name, tensor in self.tensors.items():
+            whole = tensor.gather() if isinstance(tensor, WholeTensor) else tensor
+            if writes:
+                held[name] = _in_own_memory(whole, self.dtype)
+        if writes:
+            save_file(held, self.path, metadata={"format": "pt"})
+
+
+def plan_files(
     folder: Path,
-    tensors: Iterable[tuple[str, torch.Tensor]],
+    tensors: Mapping[str, torch.Tensor | WholeTensor],
     *,
-    stem: str = DIFFUSERS_STEM,
     dtype: torch.dtype | None = None,
     max_shard_size: int = 5_000_000_000,
-) -> dict[str, tuple[int, ...]]:
-    """Writes a model as one file, or as shards with an index where it is larger than one.
+) -> list[WeightFile]:
+    """The files of a model: one, or several where it is larger than one may be. Nothing is gathered yet.
 
     Args:
-        folder: an existing folder.
-        tensors: names and tensors; taken one by one, and held only until their shard is full.
-        stem: file name without its ending.
+        folder: for the files.
+        tensors: the model's, in the order in which they fill the files.
         dtype: what floating-point tensors are cast to; None keeps theirs.
-        max_shard_size: bytes.
-
-    Returns:
-        The shape of every tensor written.
+        max_shard_size: bytes of one file; a larger tensor has one for itself.
     """
-    shards: list[Path] = []
-    weight_map: dict[str, int] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    pending: dict[str, torch.Tensor] = {}
-    pending_size = total_size = 0
+    shares: list[dict[str, torch.Tensor | WholeTensor]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        own = _stored_size(tensor, dtype)
+        if shares[-1] and size + own > max_shard_size:
+            shares.append({})
+            size = 0
+        shares[-1][name] = tensor
+        size += own
+    count = len(shares)
+    endings = [f"-{number:05d}-of-{count:05d}" for number in range(1, count + 1)] if count > 1 else [""]
+    paths = [folder / f"{DIFFUSERS_STEM}{ending}.safetensors" for ending in endings]
+    return [WeightFile(path, share, dtype) for path, share in zip(paths, shares, strict=True)]
 
-    def flush() -> None:
-        path = folder / f"{stem}.part{len(shards) + 1}"
-        save_file(pending, path, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(pending, len(shards)))
-        shards.append(path)
-        pending.clear()
 
-    for name, tensor in tensors:
-        assert name not in shapes, f"{name} comes twice"
-        tensor = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None)
-        size = tensor.numel() * tensor.element_size()
-        if pending and pending_size + size > max_shard_size:
-            flush()
-            pending_size = 0
-        # A view's storage is written whole, and two names may share one: each tensor gets memory of its own.
-        owns_storage = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == size
-        pending[name] = tensor if owns_storage else tensor.contiguous().clone()
-        shapes[name] = tuple(tensor.shape)
-        pending_size += size
-        total_size += size
-    flush()
-    names = [f"{stem}-{number + 1:05d}-of-{len(shards):05d}.safetensors" for number in range(len(shards))]
-    if len(shards) == 1:
-        shards[0].rename(folder / f"{stem}.safetensors")
-        return shapes
-    for shard, name in zip(shards, names, strict=True):
-        shard.rename(folder / name)
+def write_index(files: Sequence[WeightFile]) -> None:
+    """Says beside a model's files which tensor is in which of them; a single file needs no index."""
+    if len(files) == 1:
+        return
+    weight_map = {name: file.path.name for file in files for name in file.tensors}
     index = {
-        "metadata": {"total_size": total_size},
-        "weight_map": {tensor: names[shard] for tensor, shard in sorted(weight_map.items())},
+        "metadata": {"total_size": sum(file.size for file in files)},
+        "weight_map": dict(sorted(weight_map.items())),
     }
-    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    return shapes
+    (files[0].path.parent / f"{DIFFUSERS_STEM}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def model_size(header: dict[str, StoredTensor], dtype: torch.dtype | None) -> int:
-    """Bytes that a model takes on disk in `dtype` (None: as it is stored)."""
-    if dtype is None:
-        return sum(tensor.size for tensor in header.values())
-    return sum(math.prod(tensor.shape) for tensor in header.values()) * dtype.itemsize
+def write_model(folder: Path, tensors: Iterable[tuple[str, torch.Tensor | WholeTensor]], **options: Any) -> None:
+    """Writes a model, its names and tensors, into an existing folder; the options are those of `plan_files`."""
+    files = plan_files(folder, dict(tensors), **options)
+    for file in files:
+        file.write()
+    write_index(files)
+
+
+def _stored_size(tensor: torch.Tensor | WholeTensor, dtype: torch.dtype | None) -> int:
+    stored = dtype if dtype and tensor.dtype.is_floating_point else tensor.dtype
+    return math.prod(tensor.shape) * stored.itemsize
+
+
+def _in_own_memory(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    """The tensor on the CPU: a view's storage is written whole, and two names may share one, so each gets its own."""
+    tensor = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None)
+    owns_storage = (
+        tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    )
+    return tensor if owns_storage else tensor.contiguous().clone()

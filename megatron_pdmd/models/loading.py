@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from megatron_pdmd.models.layers.tensor_parallel import partition_dim
-from megatron_pdmd.models.lora import base_parameters, merged_tensors
+from megatron_pdmd.models.lora import base_parameters, merged_state_dict
 from megatron_pdmd.models.wan.config import WanConfig
 from megatron_pdmd.models.wan.model import WanModel
 from megatron_pdmd.models.wan.weights import from_original_name, is_original
@@ -62,7 +62,7 @@ def from_hf(
 
 def to_hf_state_dict(model: nn.Module, adapter: str | None = None) -> dict[str, Tensor]:
     """The model's whole state under diffusers' names, an adapter merged into it where one is named."""
-    return dict(merged_tensors(model, adapter))
+    return merged_state_dict(model, adapter)
 
 
 def materialize(model: nn.Module, device: torch.device | str) -> None:

@@ -5,8 +5,9 @@ a pass that is computed again in backward uses the adapter it was first computed
 this file's border; calls that gather them are collective over the tensor-parallel group.
 """
 
+import functools
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -170,29 +171,49 @@ def load_adapter_state_dict(model: nn.Module, name: str, state: Mapping[str, Ten
         parameter.copy_(local)
 
 
-@torch.no_grad()
-def merged_tensors(model: nn.Module, name: str | None) -> Iterator[tuple[str, Tensor]]:
-    """The model's whole tensors one after the other, with an adapter merged into them in fp32 where one is named.
+@dataclass(frozen=True)
+class WholeTensor:
+    """A tensor of a sharded model in full, which can be planned with before it is there.
 
-    Yields:
-        Name and tensor in the parameter's dtype; where nothing was merged or gathered it is the parameter's own memory.
+    Attributes:
+        shape, dtype: of the whole tensor.
+        gather: makes it; a collective call over the tensor-parallel group where it is sharded. What was neither merged
+            nor gathered is the parameter's own memory.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    gather: Callable[[], Tensor]
+
+
+def merged_weights(model: nn.Module, name: str | None) -> dict[str, WholeTensor]:
+    """The model's whole tensors, with an adapter merged into them in fp32 where one is named, made when asked for.
 
     Raises:
         ValueError: there is no such adapter.
     """
     adapted = {} if name is None else {f"{key}.weight": linear for key, linear in _adapted(model, name)}
-    for key, parameter in base_parameters(model):
+
+    @torch.no_grad()
+    def gather(parameter: nn.Parameter, linear: AdaptableLinear | None) -> Tensor:
         tensor = parameter.detach()
-        if key in adapted:
-            tensor = (
-                tensor.to(torch.promote_types(tensor.dtype, torch.float32)) + adapted[key].adapter_delta(name)
-            ).to(tensor.dtype)
-        yield key, model.parallel.unshard(tensor, partition_dim(parameter))
+        if linear is not None:
+            exact = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+            tensor = (exact + linear.adapter_delta(name)).to(tensor.dtype)
+        return model.parallel.unshard(tensor, partition_dim(parameter))
+
+    def whole(key: str, parameter: nn.Parameter) -> WholeTensor:
+        dim, shape = partition_dim(parameter), list(parameter.shape)
+        if dim is not None:
+            shape[dim] *= model.parallel.size
+        return WholeTensor(tuple(shape), parameter.dtype, functools.partial(gather, parameter, adapted.get(key)))
+
+    return {key: whole(key, parameter) for key, parameter in base_parameters(model)}
 
 
-def merged_state_dict(model: nn.Module, name: str) -> dict[str, Tensor]:
+def merged_state_dict(model: nn.Module, name: str | None) -> dict[str, Tensor]:
     """The model's whole state with an adapter merged: W + (alpha / rank) B A in fp32, then cast to W's dtype."""
-    return dict(merged_tensors(model, name))
+    return {key: tensor.gather() for key, tensor in merged_weights(model, name).items()}
 
 
 def _linears(model: nn.Module) -> Iterator[tuple[str, AdaptableLinear]]:

@@ -1,7 +1,6 @@
 """What a finished run leaves: Hugging Face folders of its experts, the task's metrics, and summary.json."""
 
 import functools
-import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,18 +16,15 @@ from megatron_pdmd.distillation.step import guidance_scale
 from megatron_pdmd.evaluation.clip_classifier import load_classifier
 from megatron_pdmd.evaluation.heldout_digits import load_heldout_digits
 from megatron_pdmd.evaluation.moving_digits_report import clip_features, evaluate_clips, real_clips
-from megatron_pdmd.models.lora import merged_tensors
-from megatron_pdmd.parallel.agreement import together
+from megatron_pdmd.models.lora import merged_weights
 from megatron_pdmd.training.networks import Networks
 from megatron_pdmd.training.sampling import Sampler
 
 
-def export_run(
-    config: Config, source: PipelineFolder, plan: PhasePlan, networks: Networks, destination: Path, *, rank: int = 0
-) -> None:
+def export_run(config: Config, source: PipelineFolder, plan: PhasePlan, networks: Networks, destination: Path) -> None:
     """Writes a pipeline folder with each phase's expert, adapters merged, in the dtype of training.
 
-    Called on all ranks: each takes part in gathering the tensors, and rank 0 writes.
+    Called on all ranks, which share the work.
 
     Raises:
         ValueError: see `conversion.export.export_pipeline`; on all ranks.
@@ -36,22 +32,15 @@ def export_run(
     experts = []
     for phase in plan.phases:
         delivered = networks.delivered(phase.index)
-        experts.append(TrainedExpert(phase.steps, phase.expert, merged_tensors(delivered.model, delivered.adapter)))
-    with together():
-        try:
-            if rank == 0:
-                export_pipeline(
-                    source,
-                    destination,
-                    experts,
-                    shift=config.method.timestep_shift,
-                    boundary_ratio=deployment_boundary(plan),
-                    prompt_length=config.data.prompt_length,
-                )
-        finally:
-            # The ranks gather each tensor together: the others all of them, and rank 0 what a failure left.
-            for _ in itertools.chain.from_iterable(expert.tensors for expert in experts):
-                pass
+        experts.append(TrainedExpert(phase.steps, phase.expert, merged_weights(delivered.model, delivered.adapter)))
+    export_pipeline(
+        source,
+        destination,
+        experts,
+        shift=config.method.timestep_shift,
+        boundary_ratio=deployment_boundary(plan),
+        prompt_length=config.data.prompt_length,
+    )
 
 
 def evaluate_moving_digits(config: Config, sampler: Sampler) -> dict[str, dict[str, Any]]:

@@ -89,13 +89,13 @@ def test_a_wrong_export_is_noticed(
     tmp_path: Path, two_experts: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _make_run(tmp_path / "run", two_experts)
-    monkeypatch.setattr("megatron_pdmd.training.outcome.merged_tensors", _without_adapter)
+    monkeypatch.setattr("megatron_pdmd.training.outcome.merged_weights", _without_adapter)
     code = _run_tool(monkeypatch, "--load", tmp_path / "run", "--hf", tmp_path / "hf", "--verify")
     assert "other samples than the run" in str(code)
 
 
 def _without_adapter(model: torch.nn.Module, name: str | None):
-    return ((key, value) for key, value in model.named_parameters() if ".lora_" not in key)
+    return {key: value for key, value in model.named_parameters() if ".lora_" not in key}
 
 
 def test_mistakes_are_told(

@@ -13,6 +13,7 @@ from megatron_pdmd.conversion import export
 from megatron_pdmd.conversion.export import TrainedExpert, export_pipeline, read_sampling
 from megatron_pdmd.conversion.pipeline_folder import read_pipeline
 from megatron_pdmd.conversion.verify import load_in_diffusers, sample_with_diffusers, verify_export
+from megatron_pdmd.models.lora import WholeTensor
 
 SIGMAS = (1.0, 0.9, 0.75, 0.5)  # four steps at shift 3
 
@@ -53,11 +54,11 @@ def test_diffusers_draws_the_same(
 ) -> None:
     teacher = request.getfixturevalue(fixture)
     experts = _experts(teacher)
-    # An iterator of pairs and a mapping are written alike.
-    streamed = [experts[0], TrainedExpert(experts[1].steps, experts[1].base, iter(experts[1].tensors.items()))]
-    written = export_pipeline(
-        read_pipeline(teacher), tmp_path / "student", streamed, shift=3.0, max_shard_size=max_shard_size
-    )
+    # Tensors in memory and those that are gathered when they are written are written alike.
+    whole = {name: WholeTensor(tuple(t.shape), t.dtype, t.clone) for name, t in experts[1].tensors.items()}
+    streamed = [experts[0], TrainedExpert(experts[1].steps, experts[1].base, whole)]
+    export_pipeline(read_pipeline(teacher), tmp_path / "student", streamed, shift=3.0, max_shard_size=max_shard_size)
+    written = read_pipeline(tmp_path / "student")
     assert written.experts == {"high_noise": "transformer", "low_noise": "transformer_2"}
     assert written.boundary_ratio == pytest.approx(0.825)
     assert written.shift == 3.0
@@ -102,7 +103,8 @@ def test_whole_pipeline_loads_and_the_card_tells_the_truth(tmp_path: Path, two_e
 
 def test_one_phase_of_a_two_expert_teacher_is_one_transformer(tmp_path: Path, two_experts: Path) -> None:
     expert = TrainedExpert(SIGMAS, "low_noise", _trained(two_experts, "transformer_2", 0))
-    written = export_pipeline(read_pipeline(two_experts), tmp_path / "student", [expert], shift=3.0)
+    export_pipeline(read_pipeline(two_experts), tmp_path / "student", [expert], shift=3.0)
+    written = read_pipeline(tmp_path / "student")
     assert written.experts == {"single": "transformer"}
     assert not (written.path / "transformer_2").exists()
 
@@ -153,12 +155,13 @@ def test_code_and_pickles_are_not_copied(tmp_path: Path, two_experts: Path) -> N
     for name in ("modeling.py", "pytorch_model.bin"):
         (teacher / "text_encoder" / name).touch()
     (teacher / "LICENSE.txt").write_text("terms")
-    written = export_pipeline(read_pipeline(teacher), tmp_path / "student", _experts(teacher), shift=3.0)
-    assert sorted(path.name for path in (written.path / "text_encoder").iterdir()) == [
+    destination = tmp_path / "student"
+    export_pipeline(read_pipeline(teacher), destination, _experts(teacher), shift=3.0)
+    assert sorted(path.name for path in (destination / "text_encoder").iterdir()) == [
         "config.json",
         "model.safetensors",
     ]
-    assert (written.path / "LICENSE.txt").read_text() == "terms"
+    assert (destination / "LICENSE.txt").read_text() == "terms"
 
 
 def test_damaged_sampling_description_is_refused(tmp_path: Path) -> None:
