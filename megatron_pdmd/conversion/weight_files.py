@@ -183,7 +183,5 @@ def _stored_size(tensor: torch.Tensor | WholeTensor, dtype: torch.dtype | None) 
 def _in_own_memory(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     """The tensor on the CPU: a view's storage is written whole, and two names may share one, so each gets its own."""
     tensor = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None)
-    owns_storage = (
-        tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-    )
+    owns_storage = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
     return tensor if owns_storage else tensor.contiguous().clone()

@@ -7,7 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_pdmd.conversion.weight_files import read_header, read_model_header, write_model
+from megatron_pdmd.conversion.weight_files import plan_files, read_header, read_model_header, write_model
+from megatron_pdmd.models.lora import merged_weights
+from megatron_pdmd.models.wan.config import WAN_PRESETS
+from megatron_pdmd.models.wan.model import WanModel
+from megatron_pdmd.parallel import without_cuda
 
 STEM = "diffusion_pytorch_model"
 
@@ -45,6 +49,15 @@ def test_write_and_read_back(tmp_path: Path, tensors: dict[str, torch.Tensor], l
     assert files[:-1] == [f"{STEM}-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
     stored = (tensor for path in tmp_path.glob("*.safetensors") for tensor in [read_header(path)])
     assert all(len(shard) == 1 or sum(tensor.size for tensor in shard.values()) <= limit for shard in stored)
+
+
+def test_a_14b_experts_files_are_planned_before_there_is_any_weight() -> None:
+    with without_cuda(), torch.device("meta"):
+        model = WanModel(WAN_PRESETS["wan2.2-t2v-a14b"], dtype=torch.bfloat16)
+    files = plan_files(Path("transformer"), merged_weights(model, None))
+    assert [file.path.name for file in files] == [f"{STEM}-{i:05d}-of-00006.safetensors" for i in range(1, 7)]
+    assert max(file.size for file in files) <= 5_000_000_000
+    assert sum(file.size for file in files) == sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def test_write_casts_floating_point_alone(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:

@@ -72,8 +72,8 @@ def after_iteration(phase: int, index: int, action):
     """Calls `action` when this iteration has been computed, before it is logged or saved."""
     run_iteration = PhaseTrainer.run_iteration
 
-    def run(self, at):
-        metrics = run_iteration(self, at)
+    def run(self, at, *more):
+        metrics = run_iteration(self, at, *more)
         if (self.index, at) == (phase, index):
             action()
         return metrics
@@ -299,8 +299,8 @@ def test_a_nan_on_one_rank_skips_the_update_on_all(role, learning, launch, run_r
             steps = []
             run_iteration = PhaseTrainer.run_iteration
 
-            def run(self, index):
-                metrics = run_iteration(self, index)
+            def run(self, index, *more):
+                metrics = run_iteration(self, index, *more)
                 done = self.optimizer_steps()
                 steps.append((done["generator"], metrics["skipped_updates"]))
                 steps.append(done["fake_score_high_noise"])
