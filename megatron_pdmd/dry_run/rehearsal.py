@@ -4,8 +4,8 @@
 
 One rank of so many runs on fake CUDA tensors (`planning.fake_cuda`) and fake process groups: every operation is
 dispatched with its device, dtype and shape, and nothing is computed, sent or read. The run is shortened where only
-repetition is lost, stopped after its first checkpoint and continued from that. It fails, with file and line, where a
-GPU would; else it tells what the device held, moment by moment.
+repetition is lost, stopped and saved after its first update, and continued from there. It fails, with file and line,
+where a GPU would; else it tells what the device held, moment by moment.
 """
 
 import sys
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def rehearse(plan: Plan, launch: LaunchConfig, ranks: FakeRanks, checks: DeviceChecks) -> Report:
-    """Runs to the first checkpoint, and from there to the end, in a process with fake CUDA.
+    """Runs to the first update, saves, and goes on from there to the end, in a process with fake CUDA.
 
     Args:
         plan: a shortened run in a folder of its own.
@@ -76,7 +76,7 @@ def rehearse(plan: Plan, launch: LaunchConfig, ranks: FakeRanks, checks: DeviceC
     """
     stand_ins = StandIns(checks)
     layout = plan.config.parallel
-    first = replace(plan, config=_replaced(plan.config, "training", exit_interval=1))
+    first = replace(plan, config=_interrupted(plan.config))
     with ranks.joined(), stand_ins.installed(), use_backend(plan.config.model.kernel_backend):
         for part, code in ((first, pretrain.STOPPED_ON_REQUEST), (plan, 0)):
             topology = ranks.initialize(
@@ -125,17 +125,15 @@ def _data_ranks(config: Config, ranks: int) -> int:
 
 
 def _shortened(plan: Plan, ranks: int) -> Config:
-    """The run with nothing left out but repetitions: two iterations of the first phase and one of each other, at most
-    two micro-batches, as many fake updates as meet every expert, and few samples of few steps."""
+    """The run with nothing left out but repetitions: one iteration of each phase, of one micro-batch, with as many fake
+    updates as meet every expert, and few samples of few steps."""
     config, data = plan.config, _data_ranks(plan.config, ranks)
-    training, method, logging = config.training, config.method, config.logging
-    micro_batches = min(training.global_batch_size // (training.micro_batch_size * data), 2)
-    phases = len(plan.phases.phases)
+    training, logging = config.training, config.logging
     config = _replaced(
         config,
         "training",
-        train_iters=(2, *[1] * (phases - 1)),
-        global_batch_size=micro_batches * training.micro_batch_size * data,
+        train_iters=(1,),
+        global_batch_size=training.micro_batch_size * data,
         exit_duration_in_mins=0.0,
         exit_interval=0,
         exit_signal_handler=False,
@@ -146,7 +144,13 @@ def _shortened(plan: Plan, ranks: int) -> Config:
     config = _replaced(
         config, "logging", log_interval=1, tensorboard=False, sample_prompts=min(logging.sample_prompts, data)
     )
-    return _replaced(config, "evaluation", task="none", teacher_steps=method.num_steps, batch_size=1)
+    return _replaced(config, "evaluation", task="none", teacher_steps=2, batch_size=1)
+
+
+def _interrupted(config: Config) -> Config:
+    """The same run, of two micro-batches where it has one, stopped after its first update."""
+    training = config.training
+    return _replaced(config, "training", global_batch_size=2 * training.global_batch_size, exit_duration_in_mins=1e-9)
 
 
 def _updates_of_all_experts(plan: Plan) -> int:

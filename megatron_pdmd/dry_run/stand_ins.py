@@ -21,9 +21,11 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_pdmd import pretrain
 from megatron_pdmd.conversion import export, weight_files
+from megatron_pdmd.conversion.weight_files import WeightFile
 from megatron_pdmd.data import prompts
 from megatron_pdmd.data.text_encoder import MAX_TOKENS
 from megatron_pdmd.models import loading
+from megatron_pdmd.models.lora import WholeTensor
 from megatron_pdmd.models.wan.model import WanModel
 from megatron_pdmd.planning.device_checks import DeviceChecks
 from megatron_pdmd.planning.skeleton import write_sparse
@@ -79,6 +81,7 @@ class StandIns:
             (CheckpointWriter, "save", self._indexed(CheckpointWriter.save)),
             (export, "require_space", _enough_space),
             (weight_files, "save_file", _save_sparse),
+            (export, "write_index", _index_of_all),
             (SampleSheets, "_write", _draw_nothing),
             (TrainedNetwork, "accumulate", self._inside(self._checks.passes, TrainedNetwork.accumulate)),
             (PhaseTrainer, "_update", self._update_moment(PhaseTrainer._update)),
@@ -177,8 +180,15 @@ def _unread_slice(stored: Any, index: Sequence[slice], shape: torch.Size) -> Ten
     return torch.empty(shape)
 
 
-def _save_sparse(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+def _save_sparse(tensors: Mapping[str, Tensor | WholeTensor], path: Path, **unused: Any) -> None:
     write_sparse(path, {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()})
+
+
+def _index_of_all(files: Sequence[WeightFile]) -> None:
+    """The index of an export, and the files that other replicas would have written."""
+    for file in files:
+        _save_sparse(file.tensors, file.path)
+    weight_files.write_index(files)
 
 
 def _enough_space(*unused: Any) -> None:

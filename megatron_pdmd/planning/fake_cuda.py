@@ -17,6 +17,9 @@ from typing import Any
 
 LIBRARY_NAME = "_fake_cuda.so"
 
+# Tensors of up to so many numbers on the CPU, such as times and what ranks agree on, keep them.
+_KNOWN_NUMBERS = 64
+
 # A GPU of the Hopper generation, for what asks for more than "is it there".
 _ANSWERS: dict[str, Any] = {
     "is_available": True,
@@ -56,6 +59,7 @@ def install() -> None:
         setattr(torch.cuda, name, _constant(value))
     torch._C._ensureCUDADeviceGuardSet = _constant(None)
     fake_tensor.init_gpu_context = _constant(None)
+    fake_tensor.CONSTANT_NUMEL_LIMIT = _KNOWN_NUMBERS
     fake_tensor.FakeTensorMode.avoid_device_init = property(_constant(True))
     _keep_storage_references_of_fakes(torch)
     _attend_as_on_a_gpu(torch)

@@ -39,7 +39,8 @@ class FakeRanks:
 
         def fake_group(*args: Any, backend: str | None = None, **options: Any) -> dist.ProcessGroup:
             group = new_group(*args, backend="fake", **options)
-            if backend == "gloo" and isinstance(group, dist.ProcessGroup):
+            # A group with a backend of its own is gloo's: NCCL is what a GPU's groups have by default.
+            if backend is not None and isinstance(group, dist.ProcessGroup):
                 self._on_cpu.add(group.group_name)
             return group
 
