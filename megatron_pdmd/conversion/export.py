@@ -101,8 +101,7 @@ def export_pipeline(
             if writers.leads:
                 _make_folders(source, destination, models)
         with together(writers.group):
-            if not partial.is_dir():
-                raise ValueError(f"--hf {destination}: is not the same folder on every node; name one on a shared disk")
+            _require_shared(partial, destination)
         for number, file in enumerate(writers.rounds([file for files in models for file in files])):
             with together(writers.group):
                 if file:
@@ -121,6 +120,11 @@ def _make_folders(source: PipelineFolder, destination: Path, models: Sequence[Se
     require_space(destination, sum(file.size for files in models for file in files) + parts, "--hf")
     for files in models:
         files[0].path.parent.mkdir()
+
+
+def _require_shared(partial: Path, destination: Path) -> None:
+    if not partial.is_dir():
+        raise ValueError(f"--hf {destination}: is not the same folder on every node; name one on a shared disk")
 
 
 def _write_rest(

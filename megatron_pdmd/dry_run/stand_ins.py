@@ -21,11 +21,9 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_pdmd import pretrain
 from megatron_pdmd.conversion import export, weight_files
-from megatron_pdmd.conversion.weight_files import WeightFile
 from megatron_pdmd.data import prompts
 from megatron_pdmd.data.text_encoder import MAX_TOKENS
 from megatron_pdmd.models import loading
-from megatron_pdmd.models.lora import WholeTensor
 from megatron_pdmd.models.wan.model import WanModel
 from megatron_pdmd.planning.device_checks import DeviceChecks
 from megatron_pdmd.planning.skeleton import write_sparse
@@ -77,12 +75,13 @@ class StandIns:
             (checkpointing, "write_shards", self._write_shards),
             (checkpointing, "read_index", lambda folder: self._indices[folder.name]),
             (checkpointing, "read_shards", _read_shards),
-            (checkpointing, "require_space", _enough_space),
+            (checkpointing, "require_space", _nothing),
             (CheckpointWriter, "save", self._indexed(CheckpointWriter.save)),
-            (export, "require_space", _enough_space),
+            (export, "require_space", _nothing),
+            (export, "_require_shared", _nothing),
+            (export, "read_pipeline", _nothing),  # other ranks' files are not there
             (weight_files, "save_file", _save_sparse),
-            (export, "write_index", _index_of_all),
-            (SampleSheets, "_write", _draw_nothing),
+            (SampleSheets, "_write", _nothing),
             (TrainedNetwork, "accumulate", self._inside(self._checks.passes, TrainedNetwork.accumulate)),
             (PhaseTrainer, "_update", self._update_moment(PhaseTrainer._update)),
         ]
@@ -180,22 +179,12 @@ def _unread_slice(stored: Any, index: Sequence[slice], shape: torch.Size) -> Ten
     return torch.empty(shape)
 
 
-def _save_sparse(tensors: Mapping[str, Tensor | WholeTensor], path: Path, **unused: Any) -> None:
+def _save_sparse(tensors: Mapping[str, Tensor], path: Path, **unused: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)  # where another rank would have made it
     write_sparse(path, {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()})
 
 
-def _index_of_all(files: Sequence[WeightFile]) -> None:
-    """The index of an export, and the files that other replicas would have written."""
-    for file in files:
-        _save_sparse(file.tensors, file.path)
-    weight_files.write_index(files)
-
-
-def _enough_space(*unused: Any) -> None:
-    return None
-
-
-def _draw_nothing(*unused: Any) -> None:
+def _nothing(*unused: Any) -> None:
     return None
 
 

@@ -7,6 +7,7 @@ import torch.distributed as dist
 
 # How long ranks wait for one that writes to a slow disk; a rank that dies is noticed at once.
 PATIENCE = timedelta(hours=1)
+DESCRIPTION = "patient"
 
 
 def patient_group() -> dist.ProcessGroup | None:
@@ -23,7 +24,8 @@ def patient_group() -> dist.ProcessGroup | None:
 
 def new_patient_group() -> dist.ProcessGroup:
     """Another such group, which the caller destroys. Called on all ranks."""
-    return dist.new_group(backend="fake" if dist.get_backend() == "fake" else "gloo", timeout=PATIENCE)
+    backend = "fake" if dist.get_backend() == "fake" else "gloo"
+    return dist.new_group(backend=backend, timeout=PATIENCE, group_desc=DESCRIPTION)
 
 
 def forget_patient_group() -> None:

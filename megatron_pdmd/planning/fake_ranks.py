@@ -7,6 +7,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_pdmd.parallel.patience import DESCRIPTION
 from megatron_pdmd.parallel.topology import Topology, destroy_topology, initialize_topology
 
 
@@ -39,8 +40,8 @@ class FakeRanks:
 
         def fake_group(*args: Any, backend: str | None = None, **options: Any) -> dist.ProcessGroup:
             group = new_group(*args, backend="fake", **options)
-            # A group with a backend of its own is gloo's: NCCL is what a GPU's groups have by default.
-            if backend is not None and isinstance(group, dist.ProcessGroup):
+            on_cpu = backend == "gloo" or options.get("group_desc") == DESCRIPTION
+            if on_cpu and isinstance(group, dist.ProcessGroup):
                 self._on_cpu.add(group.group_name)
             return group
 

@@ -12,8 +12,9 @@ import torch.distributed as dist
 from megatron_pdmd.config import CheckpointConfig, TrainingConfig
 from megatron_pdmd.parallel.patience import patient_group
 
-# What may stop a run, the weightiest last: where ranks have several reasons, that is the one they agree on.
-_REASONS = ("--exit-interval", "--exit-duration-in-mins", "SIGINT", "SIGTERM")
+# What may stop a run, the weightiest first: where ranks have several reasons, that is the one they agree on.
+_REASONS = ("SIGTERM", "SIGINT", "--exit-duration-in-mins", "--exit-interval")
+_WISHES = (*_REASONS, "--save-interval-minutes")
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -32,7 +33,7 @@ class StopRequest:
         self._training = training
         self._save_minutes = checkpoint.save_interval_minutes
         self._started = self._saved = time.monotonic()
-        self._signal: str | None = None
+        self._signals: set[str] = set()
         self.reason: str | None = None
         self.save_is_due = False
 
@@ -52,36 +53,33 @@ class StopRequest:
     def agree(self, iterations: int) -> None:
         """Sets `reason` and `save_is_due` to what any rank wants. Called on all ranks, between updates.
 
-        It is one all-reduce of two numbers in CPU memory: no device is waited for, and a rank that still writes or
-        draws is waited for with patience.
+        It is one all-reduce of a number in CPU memory: no device is waited for, and a rank that still writes or draws
+        is waited for with patience.
 
         Args:
             iterations: done in this launch.
         """
-        wanted = self._wanted(iterations)
-        now = time.monotonic()
-        save = self._save_minutes > 0 and now - self._saved >= 60 * self._save_minutes
-        answer = torch.tensor([1 + _REASONS.index(wanted) if wanted else 0, int(save)])
+        own = self._wanted(iterations)
+        wanted = torch.tensor(sum(1 << bit for bit, name in enumerate(_WISHES) if name in own))
         if dist.get_world_size() > 1:
-            dist.all_reduce(answer, op=dist.ReduceOp.MAX, group=patient_group())
-        stop, due = answer.tolist()
-        self.reason = _REASONS[stop - 1] if stop else None
-        self.save_is_due = bool(due)
+            dist.all_reduce(wanted, op=dist.ReduceOp.BOR, group=patient_group())
+        bits = wanted.item()
+        *reasons, self.save_is_due = (bool(bits >> bit & 1) for bit in range(len(_WISHES)))
+        self.reason = next((name for name, agreed in zip(_REASONS, reasons, strict=True) if agreed), None)
 
     def saved(self) -> None:
         """A checkpoint was saved: the minutes to the next one count from here."""
         self._saved = time.monotonic()
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self._signal = signal.Signals(number).name
+        self._signals.add(signal.Signals(number).name)
 
-    def _wanted(self, iterations: int) -> str | None:
-        """Why this rank would stop."""
-        training, minutes = self._training, (time.monotonic() - self._started) / 60
-        if self._signal:
-            return self._signal
-        if training.exit_duration_in_mins and minutes >= training.exit_duration_in_mins:
-            return "--exit-duration-in-mins"
-        if training.exit_interval and iterations >= training.exit_interval:
-            return "--exit-interval"
-        return None
+    def _wanted(self, iterations: int) -> set[str]:
+        """What this rank wants."""
+        training, now = self._training, time.monotonic()
+        limits = {
+            "--exit-duration-in-mins": (training.exit_duration_in_mins, (now - self._started) / 60),
+            "--exit-interval": (training.exit_interval, iterations),
+            "--save-interval-minutes": (self._save_minutes, (now - self._saved) / 60),
+        }
+        return self._signals | {name for name, (limit, reached) in limits.items() if limit and reached >= limit}
