@@ -72,13 +72,15 @@ class Roles:
     fake_score: Mapping[str, DiffusionModel]
     generator: Mapping[int, Generator]
 
+    def network(self, request: Pass) -> tuple[DiffusionModel, str | None]:
+        """Who answers a pass, and the adapter that is switched on for it."""
+        if request.role == "generator":
+            expert = self.generator[request.key]
+            return expert.model, expert.adapter
+        return (self.teacher if request.role == "teacher" else self.fake_score)[request.key], None
+
     def run(self, request: Pass) -> torch.Tensor:
         """The flow that the asked network predicts, fp32, in the shape of `request.x_t`."""
+        model, adapter = self.network(request)
         with torch.set_grad_enabled(request.gradient):
-            if request.role == "generator":
-                expert = self.generator[request.key]
-                flow = expert.model(request.x_t, request.t, request.conditions, adapter=expert.adapter)
-            else:
-                networks = self.teacher if request.role == "teacher" else self.fake_score
-                flow = networks[request.key](request.x_t, request.t, request.conditions)
-            return flow.float()
+            return model(request.x_t, request.t, request.conditions, adapter=adapter).float()

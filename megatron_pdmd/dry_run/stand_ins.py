@@ -23,6 +23,8 @@ from megatron_pdmd import pretrain
 from megatron_pdmd.conversion import export, weight_files
 from megatron_pdmd.data import prompts
 from megatron_pdmd.data.text_encoder import MAX_TOKENS
+from megatron_pdmd.distillation.roles import Roles
+from megatron_pdmd.dry_run.repeated_passes import RepeatedPasses
 from megatron_pdmd.models import loading
 from megatron_pdmd.models.wan.model import WanModel
 from megatron_pdmd.planning.device_checks import DeviceChecks
@@ -82,6 +84,7 @@ class StandIns:
             (export, "read_pipeline", _nothing),  # other ranks' files are not there
             (weight_files, "save_file", _save_sparse),
             (SampleSheets, "_write", _nothing),
+            (Roles, "run", RepeatedPasses(self._checks.memory).known(Roles.run)),
             (TrainedNetwork, "accumulate", self._inside(self._checks.passes, TrainedNetwork.accumulate)),
             (PhaseTrainer, "_update", self._update_moment(PhaseTrainer._update)),
         ]

@@ -57,20 +57,30 @@ class DeviceMemory:
 
         self._storages[key] = weakref.ref(storage, free)
         self.held_bytes += size
-        if self.held_bytes > self.peak_bytes:
-            self.peak_bytes = self.held_bytes
+        self.need(0)
+
+    def need(self, extra: int) -> None:
+        """Counts bytes as held and freed again at once, beside what is held."""
+        peak = self.held_bytes + extra
+        self.peak_bytes = max(self.peak_bytes, peak)
         for moment in self._open:
-            moment.peak_bytes = max(moment.peak_bytes, self.held_bytes)
+            moment.peak_bytes = max(moment.peak_bytes, peak)
 
     @contextmanager
     def moment(self, name: str) -> Iterator[None]:
         """Tells what the block holds; moments may lie in one another."""
-        moment = self.moments.setdefault(name, Moment(name))
-        moment.calls += 1
-        moment.peak_bytes = max(moment.peak_bytes, self.held_bytes)
-        self._open.append(moment)
-        try:
+        with self.measured(self.moments.setdefault(name, Moment(name))):
             yield
+
+    @contextmanager
+    def measured(self, moment: Moment | None = None) -> Iterator[Moment]:
+        """The same for a moment that is told to nobody else."""
+        moment = Moment("") if moment is None else moment
+        moment.calls += 1
+        self._open.append(moment)
+        self.need(0)
+        try:
+            yield moment
         finally:
-            self._open.remove(moment)
+            self._open = [other for other in self._open if other is not moment]
             moment.held_bytes = self.held_bytes
