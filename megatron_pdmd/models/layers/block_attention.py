@@ -1,7 +1,8 @@
 """Attention to one block of keys with the softmax's normaliser, which ring attention combines over ranks.
 
 torch's fused kernels compute it: `_scaled_dot_product_flash_attention_for_cpu` on the CPU in any dtype, and on a GPU
-`_scaled_dot_product_flash_attention` in 16 bits where the head's size is a multiple of 8. Everything else composes it.
+`_scaled_dot_product_flash_attention` in 16 bits where the head's size is a multiple of 8, up to 256. Everything else
+composes it.
 """
 
 import math
@@ -65,11 +66,15 @@ class CudaFlashBlocks:
     def backward(
         self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, log_sum: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Without dropout the two random states and the offsets of packed sequences are not looked at."""
-        unused = torch.empty(0, dtype=torch.int64, device=query.device)
+        """See `BlockAttention`. The op is called with what its forward returns for sequences that are not packed.
+
+        That is None for the offsets of packed sequences: a tensor in their place, even an empty one, sends the kernel
+        down the packed path. The random state belongs to dropout and is not read without it.
+        """
+        random_state, unused = (torch.empty(shape, dtype=torch.uint64, device=query.device) for shape in ((2,), ()))
         return torch.ops.aten._scaled_dot_product_flash_attention_backward(
-            grad, query, key, value, output, log_sum, unused, unused, query.shape[2], key.shape[2], 0.0, False, unused,
-            unused,
+            grad, query, key, value, output, log_sum, None, None, query.shape[2], key.shape[2], 0.0, False,
+            random_state, unused,
         )  # fmt: skip
 
 
@@ -77,6 +82,7 @@ def block_attention_for(query: Tensor) -> BlockAttention:
     """The fastest of these for the device, dtype and head size of a query."""
     if query.device.type == "cpu":
         return CpuFlashBlocks()
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] % 8 == 0:
+    size = query.shape[-1]
+    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and size % 8 == 0 and size <= 256:
         return CudaFlashBlocks()
     return ComposedBlocks()
