@@ -12,7 +12,9 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
+from megatron_pdmd.distillation import randomness
 from megatron_pdmd.parallel import Topology, destroy_topology, initialize_topology
+from pdmd_kernels import normal
 
 
 class Fp64Mode(TorchFunctionMode):
@@ -71,6 +73,19 @@ def load_tool() -> Callable[[str], ModuleType]:
         return module
 
     return load
+
+
+@pytest.fixture
+def noise_devices(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The kind of device of each draw of normal numbers from a counter, in order."""
+    found = []
+
+    def recorded(seeds: torch.Tensor, numel: int) -> torch.Tensor:
+        found.append(seeds.device.type)
+        return normal(seeds, numel)
+
+    monkeypatch.setattr(randomness, "normal", recorded)
+    return found
 
 
 @pytest.fixture

@@ -134,7 +134,7 @@ def sample_all(
     with Progress(console=Console(file=sys.stderr)) as progress:
         task = progress.add_task("samples", total=len(owners))
         for batch in batches(len(owners), options.batch_size):
-            noise = counter.normal(Purpose.INITIAL_NOISE, shape, batch).to(device)
+            noise = counter.normal(Purpose.INITIAL_NOISE, shape, batch, device)
             text = prompts.batch([owners[index] for index in batch]).to(device, dtype)
             negative = prompts.negative.to(device, dtype).expand_as(text)
             latents.append(sample_latents(models, plan, noise, text, negative).cpu())

@@ -51,9 +51,16 @@ class Counter:
         """This counter with some of its fields replaced."""
         return replace(self, **changes)
 
-    def seeds(self, purpose: Purpose, samples: Sequence[int]) -> torch.Tensor:
-        """The key of each sample's stream of normal numbers, int64 [B]; what `pdmd_kernels` draws noise from."""
-        return torch.tensor([self._key(purpose, sample) - 2**63 for sample in samples], dtype=torch.int64)
+    def seeds(self, purpose: Purpose, samples: Sequence[int], device: torch.device | str = "cpu") -> torch.Tensor:
+        """The key of each sample's stream of normal numbers, int64 [B]; what `pdmd_kernels` draws noise from.
+
+        Args:
+            purpose: what the noise is for.
+            samples: index of each sample in the global batch.
+            device: where the noise is to be drawn; nothing waits for it.
+        """
+        keys = torch.tensor([self._key(purpose, sample) - 2**63 for sample in samples], dtype=torch.int64)
+        return keys.to(device, non_blocking=True)
 
     def uniform(self, purpose: Purpose, samples: Sequence[int] = (WHOLE_BATCH,)) -> torch.Tensor:
         """One fp32 number in [0, 1) for each sample, [B]."""
@@ -67,9 +74,11 @@ class Counter:
         """A whole number in [0, bound) for each sample."""
         return [self._key(purpose, sample) * bound >> 64 for sample in samples]
 
-    def normal(self, purpose: Purpose, shape: Sequence[int], samples: Sequence[int]) -> torch.Tensor:
-        """Standard normal numbers for each sample, fp32 [B, *shape]."""
-        return normal(self.seeds(purpose, samples), math.prod(shape)).view(-1, *shape)
+    def normal(
+        self, purpose: Purpose, shape: Sequence[int], samples: Sequence[int], device: torch.device | str = "cpu"
+    ) -> torch.Tensor:
+        """Standard normal numbers for each sample, fp32 [B, *shape], drawn on a device; the same on each to 2 ulp."""
+        return normal(self.seeds(purpose, samples, device), math.prod(shape)).view(-1, *shape)
 
     def _key(self, purpose: Purpose, sample: int) -> int:
         """64 bits that depend on every field of the counter, the purpose and the sample."""

@@ -124,7 +124,7 @@ class Iteration:
 
         Without truncation (`--gradient-truncation none`) the gradient runs through all the phase's steps.
         """
-        x = counter.normal(Purpose.INITIAL_NOISE, self.latent_shape, batch.samples).to(self.device)
+        x = counter.normal(Purpose.INITIAL_NOISE, self.latent_shape, batch.samples, self.device)
         through_all = self.method.gradient_truncation == "none"
         moves = moves_of(self.plan.phases[: self.phase.index], truncation)
         for move in moves:
@@ -164,7 +164,7 @@ class Iteration:
 
     def _diffusion(self, counter: Counter, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, Expert]:
         """t ~ T(t; s, 1) [B] on the update's side of the boundary, the noise's seeds [B], and that side's expert."""
-        noise = counter.seeds(Purpose.DIFFUSION_NOISE, batch.samples).to(self.device)
+        noise = counter.seeds(Purpose.DIFFUSION_NOISE, batch.samples, self.device)
         u, expert = counter.uniform(Purpose.DIFFUSION_TIME, batch.samples), self.expert(counter)
         if len(self.experts()) == 2:
             below = self._boundary_quantile()

@@ -114,7 +114,7 @@ class Sampler:
         starts = range(0, len(prompts), self.batch_size)
         for start in starts[self.topology.data_rank :: self.topology.data]:
             indices = range(start, min(start + self.batch_size, len(prompts)))
-            x = self.counter.normal(Purpose.INITIAL_NOISE, self.latent_shape, indices).to(samples.device)
+            x = self.counter.normal(Purpose.INITIAL_NOISE, self.latent_shape, indices, samples.device)
             if latents is not None:
                 x = latents[indices.start : indices.stop]
             text = self.prompts.batch([prompts[i] for i in indices]).to(samples.device)

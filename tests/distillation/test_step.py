@@ -1,5 +1,6 @@
 """What an iteration asks of the models, and the gradients it sends back, with models small enough for closed forms."""
 
+import contextlib
 import math
 from collections import Counter as Tally
 from dataclasses import dataclass, replace
@@ -377,3 +378,19 @@ def test_flows_are_fp32_whatever_the_model_computes_in():
     roles = Roles({"single": Half()}, {}, {})
     request = Pass("teacher", "single", torch.randn(2, *SHAPE), torch.full((2,), 0.5), None)
     assert roles.run(request).dtype == torch.float32
+
+
+@pytest.mark.parametrize("update", ["fake_update", "generator_update"])
+def test_noise_is_drawn_on_the_device_of_the_latents(update, noise_devices):
+    """A backend for that device alone must be enough, and nothing big may cross over; meta stands for any device."""
+    setting = Setting(1)
+    iteration = replace(setting.iteration, device=torch.device("meta"))
+    passes = getattr(iteration, update)(COUNTER, setting.batch())
+    request, seen = next(passes), 0
+    with contextlib.suppress(StopIteration):
+        while True:
+            if isinstance(request, Pass):
+                assert request.x_t.device.type == request.t.device.type == "meta"
+                seen += 1
+            request = passes.send(torch.empty_like(request.x_t) if isinstance(request, Pass) else None)
+    assert noise_devices == ["meta"] and seen >= 2
