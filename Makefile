@@ -1,8 +1,9 @@
 # The README's commands. `make setup` needs Python 3.11 to 3.13; everything else runs in the .venv that it makes.
 PYTHON ?= python3
 BIN := .venv/bin
+CUDA_ENV := .venv-cuda
 
-.PHONY: setup quickstart test lint clean
+.PHONY: setup quickstart test test-cuda-build lint clean
 
 setup: .venv/.complete
 
@@ -19,9 +20,24 @@ quickstart: setup
 test: setup
 	$(BIN)/python -m pytest
 
+# The same suite on the CUDA build of torch, with the kernels compiled by the nvcc that pip installs. No GPU is needed; 6 GB
+# of disk are, and Linux. docs/gpu.md says what this shows and what it does not.
+test-cuda-build: $(CUDA_ENV)/.complete
+	toolkit=$$(echo $(CURDIR)/$(CUDA_ENV)/lib/python3*/site-packages/nvidia/cu13) && \
+	CUDACXX=$$toolkit/bin/nvcc LIBRARY_PATH=$$toolkit/lib \
+	$(CUDA_ENV)/bin/pip install --quiet --no-build-isolation --constraint constraints.txt --editable ".[dev]"
+	$(CUDA_ENV)/bin/python tools/check_cuda_build.py
+	$(CUDA_ENV)/bin/python -m pytest
+
+$(CUDA_ENV)/.complete: constraints.txt
+	$(PYTHON) -m venv $(CUDA_ENV)
+	$(CUDA_ENV)/bin/pip install --quiet --constraint constraints.txt \
+		torch "cuda-toolkit[nvcc]" "scikit-build-core>=0.11" ninja
+	touch $@
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf .venv build dist runs
+	rm -rf .venv $(CUDA_ENV) build dist runs
