@@ -3,12 +3,14 @@
 # Phased DMD in Megatron's style. Without flags it is the quickstart: the bundled tiny teacher, on CPU.
 #
 #   bash examples/pretrain_phased_dmd.sh [flags]                 checks the input, then launches torchrun itself
-#   torchrun [options] examples/pretrain_phased_dmd.sh [flags]   the same file, run once per rank (Python, at the end)
+#   torchrun [options] examples/pretrain_phased_dmd.sh [flags]   the same file, run once per rank (Python, at the end);
+#                                                                with --no-python each rank comes through here
 #
-# Flags win over the recipe; --config FILE chooses another one. Paths are taken from the project's root.
+# Flags win over the recipe; --config FILE chooses another one. Paths are taken from the project's root. The environment
+# is the one that is activated, else the project's .venv.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-[ -x .venv/bin/torchrun ] && PATH="$PWD/.venv/bin:$PATH"
+[ -z "${VIRTUAL_ENV:-}" ] && [ -x .venv/bin/torchrun ] && PATH="$PWD/.venv/bin:$PATH"
 
 GPUS=$( (nvidia-smi --list-gpus 2>/dev/null || true) | wc -l)
 RANKS_PER_NODE=${RANKS_PER_NODE:-$((GPUS > 0 ? GPUS : 2))}
@@ -27,6 +29,11 @@ fi
 
 TRAINING_ARGS=(--config "$RECIPE" "$@")
 
+# A rank that torchrun --no-python started: the job is launched already.
+if [ -n "${TORCHELASTIC_RUN_ID:-}" ]; then
+    exec python examples/pretrain_phased_dmd.sh "${TRAINING_ARGS[@]}"
+fi
+
 # Questions are answered by one process.
 case " $* " in
     *" --help "* | *" -h "* | *" --print-config "*) exec python -m megatron_pdmd.preflight "${TRAINING_ARGS[@]}" ;;
@@ -36,6 +43,9 @@ esac
 python -m megatron_pdmd.preflight "${TRAINING_ARGS[@]}"
 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+# Seconds that torchrun leaves a rank after SIGTERM, to finish what it is at and save. Its default of 30 is less than a
+# large model needs for either.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-1800}
 exec torchrun "${DISTRIBUTED_ARGS[@]}" examples/pretrain_phased_dmd.sh "${TRAINING_ARGS[@]}"
 '''
 

@@ -15,12 +15,21 @@ FLAGS = [
 ]  # fmt: skip
 
 
-def launch(*command: str) -> subprocess.CompletedProcess[str]:
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
-    return subprocess.run(
-        command, cwd=ROOT, env=environment | {"PATH": path, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
-    )
+def launch(*command: str, programs: Path | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Runs a command in this environment, its programs hidden by those of a folder."""
+    folders = [programs, Path(sys.executable).parent, os.environ["PATH"]]
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")} | {
+        "PATH": os.pathsep.join(str(folder) for folder in folders if folder),
+        "VIRTUAL_ENV": sys.prefix,
+        "OMP_NUM_THREADS": "1",
+    }
+    return subprocess.run(command, cwd=ROOT, env=environment | variables, capture_output=True, text=True)
+
+
+def program(folder: Path, name: str, line: str) -> None:
+    """A program that runs one line of shell."""
+    (folder / name).write_text(f"#!/bin/sh\n{line}\n")
+    (folder / name).chmod(0o755)
 
 
 def finished_run(folder: Path) -> None:
@@ -42,6 +51,25 @@ def test_torchrun_runs_the_same_file_as_python(tmp_path: Path) -> None:
     )
     assert result.returncode == 0, result.stderr
     finished_run(tmp_path / "run")
+
+
+def test_torchrun_without_python_starts_one_job_of_two_ranks(tmp_path: Path) -> None:
+    program(tmp_path, "python", 'echo "rank $RANK of $WORLD_SIZE runs $*"')
+    program(tmp_path, "torchrun", "echo another job")
+    torchrun = str(Path(sys.executable).parent / "torchrun")
+    options = ("--standalone", "--nproc-per-node", "2", "--no-python")
+    result = launch(torchrun, *options, str(SCRIPT), "--seed", "7", programs=tmp_path)
+    assert result.returncode == 0, result.stderr
+    rank = "runs examples/pretrain_phased_dmd.sh --config examples/recipes/tiny_wan.yaml --seed 7"
+    assert sorted(result.stdout.splitlines()) == [f"rank 0 of 2 {rank}", f"rank 1 of 2 {rank}"]
+
+
+@pytest.mark.parametrize(("given", "seconds"), [({}, "1800"), ({"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "60"}, "60")])
+def test_torchrun_leaves_a_stopped_rank_time_to_save(given: dict[str, str], seconds: str, tmp_path: Path) -> None:
+    program(tmp_path, "torchrun", "echo $TORCH_ELASTIC_SHUTDOWN_TIMEOUT")
+    program(tmp_path, "python", "exit 0")
+    result = launch("bash", str(SCRIPT), programs=tmp_path, **given)
+    assert (result.returncode, result.stdout) == (0, f"{seconds}\n")
 
 
 @pytest.mark.parametrize(
