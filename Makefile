@@ -11,6 +11,7 @@ setup: .venv/.complete
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt torch "scikit-build-core>=0.11" ninja
 	$(BIN)/pip install --quiet --no-build-isolation --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -c "import pdmd_kernels"  # warns where the build failed, which pip does not tell
 	touch $@
 
 quickstart: setup

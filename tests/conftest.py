@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -73,6 +74,16 @@ def load_tool() -> Callable[[str], ModuleType]:
         return module
 
     return load
+
+
+@pytest.fixture(scope="session")
+def own_lines() -> Callable[[str], list[str]]:
+    """The function ``own_lines(stderr)``: its lines without what torch logs, as its CUDA build does without a driver."""
+
+    def lines(stderr: str) -> list[str]:
+        return [line for line in stderr.splitlines() if not re.match(r"[IW]\d{4} [\d:.]+ \d+ \S*/torch/\S+\]", line)]
+
+    return lines
 
 
 @pytest.fixture

@@ -1,7 +1,8 @@
 """Which implementation an op runs: ``use_backend`` chooses, ``select`` answers for the tensors at hand.
 
 "auto" takes Triton for CUDA tensors and the C++ kernels for CPU tensors, and the plain twins where these are missing or
-do not know the dtype. Tensors in fp64 always go to the plain twins.
+do not know the dtype. Tensors in fp64 always go to the plain twins. An op that the C++ library has for CUDA too runs
+there in place of Triton's.
 """
 
 import functools
@@ -29,15 +30,26 @@ _CHOSEN: ContextVar[BackendName] = ContextVar("pdmd_kernel_backend", default="au
 _HAS_NATIVE = native.load(list(pdmd_kernels.__path__))
 _HAS_TRITON = triton.is_available()
 _OPS = SimpleNamespace(**{name: getattr(torch.ops.pdmd, name).default for name in schemas.SCHEMAS})
-
-
-def _register_triton() -> None:
-    compiled = [n for n in schemas.SCHEMAS if torch._C._dispatch_has_kernel_for_dispatch_key(f"pdmd::{n}", "CUDA")]
-    triton.register(schemas.LIBRARY, elsewhere=compiled)
-
+_COMPILED_FOR_CUDA = tuple(
+    name for name in schemas.SCHEMAS if torch._C._dispatch_has_kernel_for_dispatch_key(f"pdmd::{name}", "CUDA")
+)
 
 if _HAS_TRITON:
-    _register_triton()
+    triton.register(schemas.LIBRARY, elsewhere=_COMPILED_FOR_CUDA)
+
+
+def compiled_for_cuda() -> tuple[str, ...]:
+    """The primitive ops that nvcc compiled into the C++ library; none where the build found no nvcc."""
+    return _COMPILED_FOR_CUDA
+
+
+def warn_if_not_compiled(op: str) -> None:
+    """Says once that an op's CUDA kernel was left out of the build, to be called where it would run."""
+    if op not in _COMPILED_FOR_CUDA and torch.version.cuda:
+        _warn_once(
+            f"the CUDA kernel of {op} was not built, so Triton's runs, a launch for each tensor; with nvcc on PATH or"
+            f" in CUDACXX (docs/gpu.md), {native.BUILD_AGAIN}"
+        )
 
 
 def available_backends(device: torch.device | str = "cpu") -> tuple[str, ...]:
@@ -88,11 +100,10 @@ def select(*tensors: Tensor) -> ModuleType | SimpleNamespace:
     if kind == "cpu" and name != "triton":
         if _HAS_NATIVE:
             return _OPS
-        _say_once(kind, "native")
     elif kind == "cuda" and name != "native":
         if _HAS_TRITON:
             return _OPS
-        _say_once(kind, "triton")
+        _warn_once("the package triton is not there, so ops on CUDA tensors run in plain torch, which is slower")
     elif name != "auto":
         raise ValueError(f"kernel backend {name} does not run on {kind} tensors; choose auto or reference")
     return primitives
@@ -109,8 +120,5 @@ def runs_native(*tensors: Tensor) -> bool:
 
 
 @functools.cache
-def _say_once(device: str, backend: str) -> None:
-    warnings.warn(
-        f"the kernel backend {backend} is not there, so ops on {device} tensors run in plain torch, which is slower",
-        stacklevel=3,
-    )
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=3)

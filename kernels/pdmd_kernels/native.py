@@ -6,10 +6,13 @@ from pathlib import Path
 import torch
 
 LIBRARY_NAME = "_native.so"
+BUILD_AGAIN = "pip install --no-build-isolation --verbose --editable . builds it and shows what is missing"
 
 
 def load(folders: list[str]) -> bool:
-    """Loads the library from the first of the package's folders that has it; says so if it does not fit this torch.
+    """Loads the library from the first of the package's folders that has it; says so if none has or it does not fit.
+
+    A build that fails leaves it out, and pip keeps that to itself.
 
     Args:
         folders: `__path__` of the package; an editable install has one for its sources and one for what was built.
@@ -22,11 +25,12 @@ def load(folders: list[str]) -> bool:
             try:
                 torch.ops.load_library(path)
             except OSError as error:
-                warnings.warn(
-                    f"{path} does not load with torch {torch.__version__} ({error}); build it again, with pip install"
-                    " --no-build-isolation",
-                    stacklevel=2,
-                )
+                _warn(f"{path} does not load with torch {torch.__version__} ({error})")
                 return False
             return True
+    _warn(f"the C++ kernels were not built: no {LIBRARY_NAME} in {' or '.join(folders)}")
     return False
+
+
+def _warn(what: str) -> None:
+    warnings.warn(f"{what}; ops on CPU tensors run in plain torch, which is slower. {BUILD_AGAIN}", stacklevel=3)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from pdmd_kernels import checks
-from pdmd_kernels.backend import select
+from pdmd_kernels.backend import select, warn_if_not_compiled
+from pdmd_kernels.reference import primitives
 
 
 @torch.no_grad()
@@ -65,5 +66,7 @@ def adamw_beta1_zero(
         if grad_scale.numel() != 1:
             raise ValueError(f"grad_scale is {list(grad_scale.shape)}; it must be one number")
     kernels = select(*(tensor for tensors in lists.values() for tensor in tensors))
+    if kernels is not primitives and params[0].is_cuda:
+        warn_if_not_compiled("adamw_beta1_zero")
     arguments = list(params), list(grads), list(exp_avg_sqs), list(copies)
     kernels.adamw_beta1_zero(*arguments, lr, beta2, eps, weight_decay, step, grad_scale)

@@ -1,6 +1,8 @@
 """Who runs an op, what is refused, and torch's own checks of the registered ops."""
 
 import warnings
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from torch import Tensor
 
 import pdmd_kernels
 from pdmd_kernels import backend as backends
+from pdmd_kernels.reference import primitives
 from pdmd_kernels.schemas import SCHEMAS
 
 NEEDS_NATIVE = pytest.mark.skipif(
@@ -89,15 +92,39 @@ def test_a_backend_for_other_devices_is_refused_by_the_op(monkeypatch):
         pdmd_kernels.diffuse(X, X, ONE, ONE)
 
 
-def test_the_plain_twins_stand_in_and_say_so_once(monkeypatch):
-    monkeypatch.setattr(backends, "_HAS_NATIVE", False)
-    backends._say_once.cache_clear()
-    with pytest.warns(UserWarning, match="native is not there"):
-        pdmd_kernels.diffuse(X, X, ONE, ONE)
+@pytest.fixture
+def warnings_are_new() -> Iterator[None]:
+    """What is said once is said again in the test, and after it."""
+    backends._warn_once.cache_clear()
+    yield
+    backends._warn_once.cache_clear()
+
+
+def said_once(call: Callable[[], object], words: str) -> None:
+    """Checks that the first of two calls warns."""
+    with pytest.warns(UserWarning, match=words):
+        call()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        pdmd_kernels.diffuse(X, X, ONE, ONE)
-    backends._say_once.cache_clear()
+        call()
+
+
+def test_without_triton_the_plain_twins_stand_in_and_say_so_once(monkeypatch, warnings_are_new):
+    monkeypatch.setattr(backends, "_HAS_TRITON", False)
+    on_a_gpu = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32)
+    said_once(lambda: backends.select(on_a_gpu), "triton is not there")
+    assert backends.select(on_a_gpu) is primitives
+
+
+def test_without_the_cuda_kernel_of_an_op_triton_stands_in_and_says_so_once(monkeypatch, warnings_are_new):
+    monkeypatch.setattr(backends, "_COMPILED_FOR_CUDA", ())
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    said_once(lambda: backends.warn_if_not_compiled("adamw_beta1_zero"), "adamw_beta1_zero was not built.*CUDACXX")
+    monkeypatch.setattr(backends, "_COMPILED_FOR_CUDA", ("adamw_beta1_zero",))
+    backends._warn_once.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        backends.warn_if_not_compiled("adamw_beta1_zero")
 
 
 def test_the_choice_ends_with_its_block_even_after_an_error():
