@@ -78,7 +78,7 @@ def load_tool() -> Callable[[str], ModuleType]:
 
 @pytest.fixture(scope="session")
 def own_lines() -> Callable[[str], list[str]]:
-    """The function ``own_lines(stderr)``: its lines without what torch logs, as its CUDA build does without a driver."""
+    """The function ``own_lines(stderr)``: its lines less those that torch's CUDA build logs without a driver."""
 
     def lines(stderr: str) -> list[str]:
         return [line for line in stderr.splitlines() if not re.match(r"[IW]\d{4} [\d:.]+ \d+ \S*/torch/\S+\]", line)]

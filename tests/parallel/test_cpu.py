@@ -38,7 +38,7 @@ def test_requests_for_cuda_tensors_land_on_the_default_device_inside_the_block_o
         assert torch.tensor([1.0], device=torch.device("cuda", 3)).device.type == "cpu"
         tensor = torch.ones(2)
         assert tensor.cuda() is tensor
-    with pytest.raises((AssertionError, RuntimeError), match="CUDA|NVIDIA"):
+    with pytest.raises((AssertionError, RuntimeError), match=r"CUDA|NVIDIA"):
         torch.zeros(2, device="cuda")
 
 
