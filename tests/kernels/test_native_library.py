@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from pdmd_kernels import available_backends, native
 
@@ -44,3 +45,14 @@ def test_the_first_import_of_a_package_without_the_library_warns_once(tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.stdout.startswith(str(tmp_path)), done.stderr
     assert done.stderr.count("UserWarning") == done.stderr.count("the C++ kernels were not built") == 1
+
+
+def test_the_check_of_a_cuda_build_tells_what_is_missing(load_tool, monkeypatch):
+    tool = load_tool("check_cuda_build")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(ValueError, match="is a CPU build; have pip install the CUDA build"):
+        tool.check()
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(tool, "compiled_for_cuda", lambda: ())
+    with pytest.raises(ValueError, match="no CUDA kernel of adamw_beta1_zero; pip install"):
+        tool.check()
