@@ -2,7 +2,7 @@
 
     python tools/check_cuda_build.py
 
-Exit codes: 0 every kernel of kernels/csrc/cuda is registered and compiled for each architecture that it names, 2 not.
+Exit codes: 0 every kernel of kernels/csrc/cuda is registered, 2 torch is a CPU build or a kernel is missing.
 """
 
 import re
@@ -20,7 +20,7 @@ SOURCES = Path(__file__).resolve().parents[1] / "kernels" / "csrc" / "cuda"
 
 
 def check() -> str:
-    """What was found, in a line.
+    """The kernels and the architectures that the library has machine code for, in a line.
 
     Raises:
         ValueError: torch is no CUDA build, or a kernel is missing from the library.
