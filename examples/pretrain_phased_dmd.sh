@@ -13,19 +13,11 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [ -z "${VIRTUAL_ENV:-}" ] && [ -x .venv/bin/torchrun ] && PATH="$PWD/.venv/bin:$PATH"
 
 GPUS=$( (nvidia-smi --list-gpus 2>/dev/null || true) | wc -l)
-RANKS_PER_NODE=${RANKS_PER_NODE:-$((GPUS > 0 ? GPUS : 2))}
 NUM_NODES=${NUM_NODES:-1}
 NODE_RANK=${NODE_RANK:-0}
 MASTER_ADDR=${MASTER_ADDR:-localhost}
 MASTER_PORT=${MASTER_PORT:-29500}
 RECIPE=${RECIPE:-examples/recipes/tiny_wan.yaml}
-
-DISTRIBUTED_ARGS=(--nproc-per-node "$RANKS_PER_NODE" --nnodes "$NUM_NODES")
-if [ "$NUM_NODES" -gt 1 ]; then
-    DISTRIBUTED_ARGS+=(--node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT")
-else
-    DISTRIBUTED_ARGS+=(--standalone)
-fi
 
 TRAINING_ARGS=(--config "$RECIPE" "$@")
 
@@ -39,8 +31,19 @@ case " $* " in
     *" --help "* | *" -h "* | *" --print-config "*) exec python -m megatron_pdmd.preflight "${TRAINING_ARGS[@]}" ;;
 esac
 
-# Bad input ends here, in one process, with one line and exit code 2.
-python -m megatron_pdmd.preflight "${TRAINING_ARGS[@]}"
+# Bad input ends here, in one process, with one line and exit code 2. Where RANKS_PER_NODE is not given it also answers
+# how many ranks the batch divides over: on three GPUs two.
+ASKED=()
+[ -n "${RANKS_PER_NODE:-}" ] || ASKED=(--available-ranks $((GPUS > 0 ? GPUS : 2)) --nodes "$NUM_NODES")
+FITTING=$(python -m megatron_pdmd.preflight ${ASKED[@]+"${ASKED[@]}"} "${TRAINING_ARGS[@]}")
+RANKS_PER_NODE=${RANKS_PER_NODE:-$FITTING}
+
+DISTRIBUTED_ARGS=(--nproc-per-node "$RANKS_PER_NODE" --nnodes "$NUM_NODES")
+if [ "$NUM_NODES" -gt 1 ]; then
+    DISTRIBUTED_ARGS+=(--node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT")
+else
+    DISTRIBUTED_ARGS+=(--standalone)
+fi
 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # Seconds that torchrun leaves a rank after SIGTERM, to finish what it is at and save. Its default of 30 is less than a

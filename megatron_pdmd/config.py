@@ -124,7 +124,7 @@ class TrainingConfig:
 
     # Iterations (generator updates) of each phase; one number goes for every phase.
     train_iters: Ints = (1000,)
-    # Samples in one forward pass of one rank.
+    # Samples in one forward pass of one rank; a rank whose share of the global batch is smaller takes that at once.
     micro_batch_size: int = 1
     # Samples of one update over all ranks.
     global_batch_size: int = 64

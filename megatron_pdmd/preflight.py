@@ -1,8 +1,10 @@
 """Everything about a run that can be refused before a network is built: flags, folders, prompts, the plan of phases.
 
 `python -m megatron_pdmd.preflight [flags]` checks and exits, 0 or 2. The launch script runs it once before torchrun.
+With `--available-ranks N`, and `--nodes N`, it prints how many ranks of each node the run can use.
 """
 
+import argparse
 import json
 import sys
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ from megatron_pdmd.evaluation.clip_classifier import load_classifier
 from megatron_pdmd.evaluation.heldout_digits import load_heldout_digits
 from megatron_pdmd.models.wan import WanConfig, check_layout
 from megatron_pdmd.parallel.topology import check_sizes
+from megatron_pdmd.training.phase import fitting_ranks
 from megatron_pdmd.training.run_folder import check_run_folder
 from pdmd_kernels import available_backends
 
@@ -124,8 +127,18 @@ def _check_task_folder(evaluation: EvaluationConfig) -> None:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--available-ranks", type=int)
+    parser.add_argument("--nodes", type=int, default=1)
+    own, flags = parser.parse_known_args()
     with user_errors():
-        prepare(sys.argv[1:])
+        config = prepare(flags).config
+    if own.available_ranks is not None:
+        ranks = fitting_ranks(config, own.available_ranks, own.nodes)
+        if ranks < own.available_ranks:
+            told = f"--global-batch-size {config.training.global_batch_size} does not divide over"
+            print(f"{told} {own.available_ranks} ranks a node: starting {ranks}", file=sys.stderr)
+        print(ranks)
 
 
 if __name__ == "__main__":

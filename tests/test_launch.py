@@ -1,5 +1,6 @@
 """The launch script and the program as a user starts them."""
 
+import json
 import os
 import subprocess
 import sys
@@ -44,6 +45,15 @@ def test_bash_launches_two_ranks(tmp_path: Path) -> None:
     result = launch("bash", str(SCRIPT), *FLAGS, "--save", str(tmp_path / "run"))
     assert result.returncode == 0, result.stderr
     finished_run(tmp_path / "run")
+
+
+def test_three_gpus_run_the_default_batch_on_two_ranks(tmp_path: Path) -> None:
+    program(tmp_path, "nvidia-smi", r"printf 'GPU 0\nGPU 1\nGPU 2\n'")
+    flags = [*FLAGS, "--global-batch-size", "16", "--micro-batch-size", "8", "--task", "none"]
+    result = launch("bash", str(SCRIPT), *flags, "--save", str(tmp_path / "run"), programs=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "--global-batch-size 16 does not divide over 3 ranks a node: starting 2" in result.stderr
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["world_size"] == 2
 
 
 def test_torchrun_runs_the_same_file_as_python(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ def evaluate_clips(
     """Measures clips against their prompts and against real clips.
 
     Args:
-        clips: [N, 1, F, H, W]; values outside [-1, 1] are clipped, as they are when a frame is shown.
+        clips: [N, 1, F, H, W], on any device; values outside [-1, 1] are clipped, as they are when a frame is shown.
         prompts: N of the task's prompts.
         classifier: reads digits, and gives the features of diversity and Frechet distance.
         real_features: [M, D], `clip_features` of the real clips (or of other samples to be compared with).
@@ -30,6 +30,7 @@ def evaluate_clips(
         ValueError: shapes or counts do not fit, a value is not finite, or a prompt is not of this task.
     """
     _check_clips(clips, prompts)
+    clips = clips.to(_device(classifier))
     motions = [Motion.from_prompt(prompt) for prompt in prompts]
     features, digits = _read_clips(classifier, clips)
     velocity = mean_velocity(clips)
@@ -41,7 +42,7 @@ def evaluate_clips(
         "direction_accuracy": direction_accuracy(velocity, directions, minimum_speed=STILL),
         "speed_error": speed_error(velocity, directions, speeds),
         "diversity": diversity(features, motions) if len(set(motions)) < len(motions) else None,
-        "frechet_distance": frechet_distance(features, real_features) if len(clips) > 1 else None,
+        "frechet_distance": frechet_distance(features, real_features.to(features.device)) if len(clips) > 1 else None,
     }
 
 
@@ -59,7 +60,7 @@ def real_clips(prompts: list[str], images: torch.Tensor, labels: torch.Tensor, s
 
 
 def clip_features(classifier: ClipClassifier, clips: torch.Tensor) -> torch.Tensor:
-    """The classifier's features of clips [N, 1, F, H, W], clipped to [-1, 1]: [N, D]."""
+    """The classifier's features of clips [N, 1, F, H, W] clipped to [-1, 1]: [N, D], where the classifier is."""
     return _read_clips(classifier, clips)[0]
 
 
@@ -91,6 +92,11 @@ def _check_clips(clips: torch.Tensor, prompts: list[str]) -> None:
 def _read_clips(
     classifier: ClipClassifier, clips: torch.Tensor, batch_size: int = 250
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features [N, D] and the digits read [N]."""
-    features = torch.cat([classifier.features(batch.clamp(-1, 1)) for batch in clips.split(batch_size)])
+    """Features [N, D] and the digits read [N], where the classifier is."""
+    batches = (batch.to(_device(classifier)).clamp(-1, 1) for batch in clips.split(batch_size))
+    features = torch.cat([classifier.features(batch) for batch in batches])
     return features, classifier.heads(features)[0].argmax(-1)
+
+
+def _device(classifier: ClipClassifier) -> torch.device:
+    return next(classifier.parameters()).device

@@ -190,10 +190,11 @@ class PhaseTrainer:
         """This rank's share of the global batch: consecutive samples, cut into micro-batches."""
         training, topology = self._config.training, self._topology
         share = training.global_batch_size // topology.data
+        size = min(training.micro_batch_size, share)
         first = topology.data_rank * share
         batches = []
-        for start in range(first, first + share, training.micro_batch_size):
-            samples = range(start, start + training.micro_batch_size)
+        for start in range(first, first + share, size):
+            samples = range(start, start + size)
             chosen = counter.integers(Purpose.PROMPT, len(self._prompts), samples)
             text = self._prompts.batch(chosen).to(topology.device)
             negative = self._prompts.negative.to(text).expand_as(text)
@@ -207,12 +208,32 @@ def check_batch(config: Config, data_parallel_size: int) -> None:
     Raises:
         ValueError: names the flag and the nearest sizes that work.
     """
-    training = config.training
-    unit = training.micro_batch_size * data_parallel_size
-    if training.global_batch_size % unit:
-        below = training.global_batch_size // unit * unit
-        nearest = f"{below} or {below + unit}" if below else f"{unit}"
+    size, micro = config.training.global_batch_size, config.training.micro_batch_size
+    if not _divides(size, micro, data_parallel_size):
+        reach = range(1, micro * data_parallel_size + 1)
+        below = [size - i for i in reach if i < size and _divides(size - i, micro, data_parallel_size)]
+        above = [size + i for i in reach if _divides(size + i, micro, data_parallel_size)]
         raise ValueError(
-            f"--global-batch-size {training.global_batch_size}: not divisible by --micro-batch-size "
-            f"{training.micro_batch_size} times {data_parallel_size} data-parallel ranks; use {nearest}"
+            f"--global-batch-size {size}: not divisible by --micro-batch-size {micro} times {data_parallel_size} "
+            f"data-parallel ranks; use {' or '.join(map(str, (*below[:1], *above[:1])))}"
         )
+
+
+def fitting_ranks(config: Config, available: int, nodes: int = 1) -> int:
+    """The most ranks of a node, at most `available`, over which the layout and the global batch divide.
+
+    Where no number fits it is `available`: the error that the ranks then meet says what to change.
+    """
+    parallel, training = config.parallel, config.training
+    replica = parallel.tensor_model_parallel_size * parallel.context_parallel_size
+    for ranks in range(available, 0, -1):
+        replicas, rest = divmod(ranks * nodes, replica)
+        if not rest and _divides(training.global_batch_size, training.micro_batch_size, replicas):
+            return ranks
+    return available
+
+
+def _divides(global_batch: int, micro_batch: int, replicas: int) -> bool:
+    """Whether each replica gets as many samples, in whole micro-batches or in one that is smaller."""
+    share, rest = divmod(global_batch, replicas)
+    return not rest and share > 0 and share % min(micro_batch, share) == 0

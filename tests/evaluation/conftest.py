@@ -1,6 +1,8 @@
 """The bundled classifier and held-out digits."""
 
+import importlib.util
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -22,3 +24,12 @@ def classifier(tiny_wan: Path) -> ClipClassifier:
 @pytest.fixture(scope="session")
 def digits(tiny_wan: Path) -> tuple[torch.Tensor, torch.Tensor]:
     return load_heldout_digits(tiny_wan / "heldout_digits.png")
+
+
+@pytest.fixture(scope="session")
+def other_device() -> ModuleType:
+    """The module other_device.py."""
+    spec = importlib.util.spec_from_file_location("other_device", Path(__file__).parent / "other_device.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

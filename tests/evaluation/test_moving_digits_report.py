@@ -1,5 +1,7 @@
 """The five metrics tell real clips from each way of failing."""
 
+import copy
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -114,3 +116,15 @@ def test_classifier_files_that_are_none(tmp_path):
     save_file({"digit.bias": torch.zeros(10)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="does not fit"):
         load_classifier(tmp_path / "other.safetensors")
+
+
+def test_a_classifier_on_another_device_measures_clips_of_the_cpu(other_device, clips, real, classifier, digits):
+    """A stand-in for a GPU, with a GPU's refusal of tensors that lie elsewhere."""
+    with other_device.OtherDevice(), torch.no_grad():
+        moved = copy.deepcopy(classifier).to(other_device.DEVICE)
+        real_features = clip_features(moved, real_clips(PROMPTS, *digits, seed=1))
+        assert real_features.device == other_device.DEVICE
+        with pytest.raises(RuntimeError, match="same device"):
+            moved(clips)
+        assert evaluate_clips(clips, PROMPTS, moved, real_features) == real
+        assert evaluate_clips(clips.to(other_device.DEVICE), PROMPTS, moved, real_features.cpu()) == real
