@@ -5,8 +5,10 @@ needs, is sent the flow that the evaluation gave, and returns the numbers to log
 is, and whoever drives the programs says when and where each pass runs: `walk` runs one program in order on one rank.
 """
 
+import math
+import re
 from collections.abc import Generator as Coroutine
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +28,9 @@ Metrics = dict[str, torch.Tensor]
 Program = Coroutine[Pass | Backward, torch.Tensor | None, Metrics]
 
 GENERATOR_UPDATE = -1  # the counter's `update` of an iteration's generator update
+
+NOISE_BINS = 4  # parts of T(t; s, 1) of equal probability, by which a metric is told; the first has the least noise
+_SUM, _COUNT = "/sum", "/count"
 
 
 @dataclass(frozen=True)
@@ -70,14 +75,11 @@ class Iteration:
             counter, full=method.fake_rollout == "full" or method.gradient_truncation == "none"
         )
         x_s = yield from self._rollout(counter, batch, truncation, gradient=False)
-        t, noise, expert = self._diffusion(counter, batch)
-        s = torch.full_like(t, self.phase.end)
-        x_t = self.schedule.diffuse(x_s, noise, s, t)
+        u, noise, expert = self._diffusion(counter, batch)
+        t = self.times(u)
+        x_t = self.schedule.diffuse(x_s, noise, torch.full_like(t, self.phase.end), t)
         flow = yield Pass("fake_score", expert, x_t, t, batch.conditions, gradient=True)
-        output = from_flow(flow, x_t, t, self.schedule, "x0") if method.objective == "x0" else flow
-        loss = score_matching_loss(
-            output, x_s, noise, s, t, self.schedule, objective=method.objective, clamp_max=method.clamp_max
-        )
+        loss = self.fake_loss(flow, x_s, x_t, noise, t)
         yield Backward(loss)
         return {"fake_loss": loss.detach()}
 
@@ -86,7 +88,8 @@ class Iteration:
         method = self.method
         truncation = self._truncation(counter, full=method.gradient_truncation == "none")
         x_s = yield from self._rollout(counter, batch, truncation, gradient=True)
-        t, noise, expert = self._diffusion(counter, batch)
+        u, noise, expert = self._diffusion(counter, batch)
+        t = self.times(u)
         s, sample = torch.full_like(t, self.phase.end), x_s.detach()
         x_t = self.schedule.diffuse(sample, noise, s, t)
         teacher_flow = yield Pass("teacher", expert, x_t, t, batch.conditions)
@@ -109,7 +112,25 @@ class Iteration:
         if unconditional is not None:
             teacher_flow = guided_flow(teacher_flow, unconditional, scale)
         gap = (teacher_flow - fake_flow).flatten(1).norm(dim=1) / teacher_flow.flatten(1).norm(dim=1)
-        return {"dmd_gradient": gradient.abs().mean(), "score_gap": gap.mean()}
+        return {"dmd_gradient": gradient.abs().mean(), "score_gap": gap.mean()} | by_noise("score_gap", gap, u)
+
+    def fake_loss(
+        self, flow: torch.Tensor, x_s: torch.Tensor, x_t: torch.Tensor, noise: torch.Tensor, t: torch.Tensor
+    ) -> torch.Tensor:
+        """The fake score's loss of a flow predicted at (x_t, t): Eq. 4, 13 or 15, a scalar in fp32.
+
+        Args:
+            flow: [B, ...].
+            x_s: samples at the phase's end.
+            x_t: the same, diffused to t.
+            noise: int64 seeds [B] of the noise that did it.
+            t: [B].
+        """
+        method, s = self.method, torch.full_like(t, self.phase.end)
+        output = from_flow(flow, x_t, t, self.schedule, "x0") if method.objective == "x0" else flow
+        return score_matching_loss(
+            output, x_s, noise, s, t, self.schedule, objective=method.objective, clamp_max=method.clamp_max
+        )
 
     def _truncation(self, counter: Counter, full: bool) -> int:
         """j of SGTS, one draw a global batch: how many of the phase's steps run, the last one jumping to its end."""
@@ -157,20 +178,67 @@ class Iteration:
 
     def expert(self, counter: Counter) -> Expert:
         """The teacher's expert that owns every t of an update: one draw for the global batch, with T's probability."""
+        return self.expert_of(counter.uniform(Purpose.TEACHER_SIDE).item())
+
+    def expert_of(self, u: float) -> Expert:
+        """The teacher's expert that owns the time at a quantile u of T(t; s, 1)."""
         experts = self.experts()
-        if len(experts) == 1:
-            return experts[0]
-        return experts[0] if counter.uniform(Purpose.TEACHER_SIDE).item() >= self._boundary_quantile() else experts[1]
+        return experts[0] if len(experts) == 1 or u >= self._boundary_quantile() else experts[1]
+
+    def times(self, u: torch.Tensor) -> torch.Tensor:
+        """The times at quantiles u [B] of T(t; s, 1), which are on the CPU: [B] on the latents' device."""
+        return sample_timesteps(u, *self.interval(), self.schedule, **self._distribution()).to(self.device)
 
     def _diffusion(self, counter: Counter, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, Expert]:
-        """t ~ T(t; s, 1) [B] on the update's side of the boundary, the noise's seeds [B], and that side's expert."""
+        """Quantiles u of t ~ T(t; s, 1) on the update's side of the boundary, [B] on the CPU; the noise's seeds [B];
+        that side's expert."""
         noise = counter.seeds(Purpose.DIFFUSION_NOISE, batch.samples, self.device)
         u, expert = counter.uniform(Purpose.DIFFUSION_TIME, batch.samples), self.expert(counter)
         if len(self.experts()) == 2:
             below = self._boundary_quantile()
             u = below + (1 - below) * u if expert == "high_noise" else below * u
-        t = sample_timesteps(u, *self.interval(), self.schedule, **self._distribution())
-        return t.to(self.device), noise, expert
+        return u, noise, expert
+
+
+def by_noise(name: str, values: torch.Tensor, u: torch.Tensor) -> Metrics:
+    """A metric by level of noise: the sum of the values in each bin, and their number, each as a mean over the batch.
+
+    Sums and counts, whose quotient is wanted, are averaged over micro-batches and ranks like every other number.
+
+    Args:
+        name: of the metric.
+        values: of each sample, [B].
+        u: quantile of each sample's time, [B] on the CPU: the bins are known without waiting for the device.
+    """
+    bins = (u * NOISE_BINS).long().clamp(max=NOISE_BINS - 1)
+    belongs = torch.nn.functional.one_hot(bins, NOISE_BINS).float()
+    counts = belongs.mean(0).to(values.device)
+    sums = values @ belongs.to(values.device) / len(values)
+    found = {}
+    for index in range(NOISE_BINS):
+        found |= {f"{name}_bin_{index}{_SUM}": sums[index], f"{name}_bin_{index}{_COUNT}": counts[index]}
+    return found
+
+
+def quotients(values: Mapping[str, float]) -> dict[str, float]:
+    """Numbers to tell: each sum of `by_noise`, averaged over an update, over its count; NaN where a bin has no sample.
+
+    All other numbers stay. So a NaN here says nothing of the update: judge that by what goes in.
+    """
+    found = {}
+    for name, value in values.items():
+        bin_name = name.removesuffix(_SUM)
+        if name.endswith(_SUM):
+            count = values[bin_name + _COUNT]
+            found[bin_name] = value / count if count else math.nan
+        elif not name.endswith(_COUNT):
+            found[name] = value
+    return found
+
+
+def is_binned(name: str) -> bool:
+    """Whether a number is of one bin of noise, and may be NaN for want of a sample there."""
+    return re.search(r"_bin_\d+$", name) is not None
 
 
 def guidance_scale(method: MethodConfig, expert: str) -> float:

@@ -211,6 +211,47 @@ def merged_weights(model: nn.Module, name: str | None) -> dict[str, WholeTensor]
     return {key: whole(key, parameter) for key, parameter in base_parameters(model)}
 
 
+@torch.no_grad()
+def adapter_movement(model: nn.Module, name: str) -> Tensor:
+    """How far an adapter moves its model: |(alpha / rank) B A| / |W| over all its linears, a scalar on the device.
+
+    |B A|^2 = tr((B^T B)(A A^T)) takes rank x rank products alone. Collective over the tensor-parallel group, each rank
+    of which has a part of the rows or columns of both.
+
+    Raises:
+        ValueError: there is no such adapter.
+    """
+    change, base = [], []
+    for _, linear in _adapted(model, name):
+        a, b = linear.lora_A[name], linear.lora_B[name]
+        change.append(linear.lora_scale[name] ** 2 * ((b.T @ b) * (a @ a.T)).sum())
+        base.append(_squared_norm(linear.weight))
+    return _relative(model, change, base)
+
+
+@torch.no_grad()
+def weight_movement(model: nn.Module, start: nn.Module) -> Tensor:
+    """How far a network is from another of its kind: |W - W0| / |W0| over all weights, adapters aside.
+
+    A scalar on the device; collective over the tensor-parallel group.
+    """
+    change, base = [], []
+    for (_, weight), (_, origin) in zip(base_parameters(model), base_parameters(start), strict=True):
+        copies = 1 if partition_dim(weight) is not None else model.parallel.size  # a replicated weight counts once
+        change.append(_squared_norm(weight.float() - origin.float()) / copies)
+        base.append(_squared_norm(origin) / copies)
+    return _relative(model, change, base)
+
+
+def _squared_norm(tensor: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(tensor, dtype=torch.float32).square()
+
+
+def _relative(model: nn.Module, change: list[Tensor], base: list[Tensor]) -> Tensor:
+    sums = model.parallel.all_reduce(torch.stack([torch.stack(change).sum(), torch.stack(base).sum()]))
+    return (sums[0].clamp(min=0) / sums[1]).sqrt()
+
+
 def merged_state_dict(model: nn.Module, name: str | None) -> dict[str, Tensor]:
     """The model's whole state with an adapter merged: W + (alpha / rank) B A in fp32, then cast to W's dtype."""
     return {key: tensor.gather() for key, tensor in merged_weights(model, name).items()}

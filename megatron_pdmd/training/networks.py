@@ -29,6 +29,7 @@ class Networks:
         self._method = method
         self._seed = seed
         self._experts: dict[int, Generator] = {}
+        self._origins: dict[int, str] = {}
         self._averages: dict[int, Generator] = {}
         for model in self.teacher.values():
             model.requires_grad_(False)
@@ -52,7 +53,7 @@ class Networks:
 
     def add_expert(self, phase: int, expert: str) -> None:
         """Makes a phase's expert, equal to the teacher's, and its moving average where one is kept."""
-        self._experts[phase] = self._new_expert(f"phase_{phase}", expert)
+        self._experts[phase], self._origins[phase] = self._new_expert(f"phase_{phase}", expert), expert
         if self._method.ema_decay:
             self._averages[phase] = self._new_expert(f"phase_{phase}_average", expert)
             self._copy_expert(self._experts[phase], self._averages[phase])
@@ -78,6 +79,13 @@ class Networks:
         if phase in self._averages:
             mean, value = self._parameters(self._averages[phase]), self._parameters(self._experts[phase])
             torch._foreach_lerp_(mean, value, 1 - self._method.ema_decay)
+
+    def movement(self, phase: int) -> torch.Tensor:
+        """How far the phase's trained expert is from the teacher's it started from: |W - W0| / |W0|, a scalar."""
+        expert = self._experts[phase]
+        if expert.adapter is None:
+            return lora.weight_movement(expert.model, self.teacher[self._origins[phase]])
+        return lora.adapter_movement(expert.model, expert.adapter)
 
     def roles(self, phase: int) -> Roles:
         """Who answers a pass while `phase` trains: earlier phases answer with what they deliver."""

@@ -9,7 +9,7 @@ import torch
 from megatron_pdmd.config import Config
 from megatron_pdmd.data.prompts import PromptEmbeddings
 from megatron_pdmd.distillation.randomness import Counter, Purpose
-from megatron_pdmd.distillation.step import GENERATOR_UPDATE, Iteration, MicroBatch, Program, walk
+from megatron_pdmd.distillation.step import GENERATOR_UPDATE, Iteration, MicroBatch, Program, quotients, walk
 from megatron_pdmd.parallel.data_parallel import data_parallel, no_sync, release_data_parallel
 from megatron_pdmd.parallel.topology import Topology
 from megatron_pdmd.training.checkpointing import Checkpoint
@@ -87,8 +87,9 @@ class PhaseTrainer:
             pause: called between two updates; whether to stop there. The same answer on all ranks.
 
         Returns:
-            What to log: losses averaged over the updates and all ranks, gradient norms, `skipped_updates`. None where
-            it was stopped; called again with `logged` it goes on, to the bit.
+            What to log: losses averaged over the updates and all ranks, gradient norms, `skipped_updates`; a number of
+            a bin of noise (`is_binned`) is NaN where no sample fell into it. None where it was stopped; called again
+            with `logged` it goes on, to the bit.
         """
         method, counter = self._config.method, Counter(self._config.training.seed, self.index, index, GENERATOR_UPDATE)
         updates = method.fake_updates + (method.fake_warmup if index == 0 else 0)
@@ -179,7 +180,7 @@ class PhaseTrainer:
         finite = all(math.isfinite(value) for value in metrics.values())
         if finite:
             network.optimizer.step(norm)
-        return metrics | {"skipped_updates": int(not finite)}
+        return quotients(metrics) | {"skipped_updates": int(not finite)}
 
     def _run(
         self, program: Callable[[Counter, MicroBatch], Program], counter: Counter, batch: MicroBatch, share: float

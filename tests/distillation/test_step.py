@@ -13,7 +13,15 @@ from megatron_pdmd.diffusion import FlowMatchingSchedule, PhasePlan, expert_at
 from megatron_pdmd.diffusion.noise_schedule import timestep_cdf
 from megatron_pdmd.distillation.randomness import Counter, Purpose
 from megatron_pdmd.distillation.roles import Generator, Pass, Roles
-from megatron_pdmd.distillation.step import GENERATOR_UPDATE, Iteration, MicroBatch, walk
+from megatron_pdmd.distillation.step import (
+    GENERATOR_UPDATE,
+    NOISE_BINS,
+    Iteration,
+    MicroBatch,
+    is_binned,
+    quotients,
+    walk,
+)
 
 SHAPE = (1, 2, 2, 2)
 TIMES = (1.0, 0.9, 0.75, 0.5)  # of four steps at shift 3
@@ -394,3 +402,39 @@ def test_noise_is_drawn_on_the_device_of_the_latents(update, noise_devices):
                 seen += 1
             request = passes.send(torch.empty_like(request.x_t) if isinstance(request, Pass) else None)
     assert noise_devices == ["meta"] and seen >= 2
+
+
+def gap_by_noise(setting: Setting, counter: Counter, groups: list[list[int]]) -> dict[str, float]:
+    """What micro-batches of a generator update tell, averaged as their numbers are averaged over ranks."""
+    told = [
+        walk(setting.iteration.generator_update(counter, setting.batch(group)), setting.roles, 1 / len(groups))
+        for group in groups
+    ]
+    return quotients({name: sum(one[name].item() for one in told) / len(told) for name in told[0]})
+
+
+@pytest.mark.parametrize("boundary", [None, 0.75])
+@pytest.mark.parametrize("groups", [[range(8)], [[0, 1], [2, 3], [4, 5], [6, 7]]], ids=["whole", "micro-batches"])
+def test_the_score_gap_is_told_by_level_of_noise(boundary, groups):
+    """Each sample's gap counts in the bin of its time's quantile, whatever the micro-batches; empty bins are NaN."""
+    setting, seen = Setting(2, boundary=boundary, dmd_weighting="mean_abs"), set()
+    low, high = setting.iteration.interval()
+    for iteration in range(6):
+        counter = COUNTER.at(iteration=iteration)
+        found = gap_by_noise(setting, counter, groups)
+        expected = {index: [] for index in range(NOISE_BINS)}
+        for sample in range(8):
+            gap = gap_by_noise(setting, counter, [[sample]])["score_gap"]
+            time = setting.calls[-1].t.item()
+            quantile = timestep_cdf(time, low, high, setting.schedule, margin=setting.method.timestep_margin)
+            expected[int(quantile * NOISE_BINS)].append(gap)
+        assert found.keys() == {"dmd_gradient", "score_gap"} | {f"score_gap_bin_{index}" for index in expected}
+        for index, gaps in expected.items():
+            value = found[f"score_gap_bin_{index}"]
+            assert math.isnan(value) if not gaps else value == pytest.approx(sum(gaps) / len(gaps), rel=1e-5)
+            seen.add((index, bool(gaps)))
+    assert {index for index, full in seen if full} == set(range(NOISE_BINS)) and not all(full for _, full in seen)
+
+
+def test_numbers_of_single_bins_are_known_by_name():
+    assert is_binned("score_gap_bin_3") and not is_binned("score_gap") and not is_binned("bin_width")

@@ -10,7 +10,7 @@ from peft import LoraConfig
 
 from megatron_pdmd.models import WanConfig, add_adapter, from_hf, load_adapter_state_dict
 from megatron_pdmd.models.layers.tensor_parallel import partition_dim
-from megatron_pdmd.models.lora import DEFAULT_TARGETS
+from megatron_pdmd.models.lora import DEFAULT_TARGETS, adapter_movement, weight_movement
 from megatron_pdmd.parallel import Topology, data_parallel, finish_gradient_sync, initialize_topology
 
 # 45 tokens, which neither 2, 4 nor 8 ranks divide, and heads that all of them do.
@@ -199,3 +199,22 @@ def references(folder, adapter_state, fp64_mode):
         case: (run_plainly(folder, dtype, state, None), run_plainly(folder, dtype, state, fp64_mode))
         for case, (dtype, state) in cases(adapter_state).items()
     }
+
+
+def movements(folder, adapter_state, layout):
+    """How far an adapter, and a network with other weights, are from the network of the folder."""
+    layout.start()
+    model, moved = (from_hf(folder, subfolder=None) for _ in range(2))
+    add_adapter(model, "phase_1", rank=PEFT.r, alpha=PEFT.lora_alpha)
+    load_adapter_state_dict(model, "phase_1", adapter_state)
+    with torch.no_grad():
+        for name, parameter in moved.named_parameters():
+            parameter.mul_(2.0 if "ffn" in name else 1.5)  # a bias counted twice would show
+    return adapter_movement(model, "phase_1").item(), weight_movement(moved, model).item()
+
+
+@pytest.mark.parametrize("layout", [Layout(tensor=2, sequence_parallel=True), Layout(tensor=4)], ids=str)
+def test_movement_of_a_sharded_network_is_the_whole_ones(layout, folder, adapter_state, run_ranks):
+    (expected,) = run_ranks(movements, 1, folder, adapter_state, Layout())
+    for found in run_ranks(movements, layout.world, folder, adapter_state, layout):
+        assert found == pytest.approx(expected, rel=1e-6)

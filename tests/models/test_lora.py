@@ -19,7 +19,7 @@ from megatron_pdmd.models import (
     remove_adapter,
     to_hf_state_dict,
 )
-from megatron_pdmd.models.lora import DEFAULT_TARGETS
+from megatron_pdmd.models.lora import DEFAULT_TARGETS, adapter_movement, weight_movement
 
 CONFIG = WanConfig(
     num_attention_heads=2, attention_head_dim=12, in_channels=3, out_channels=3, text_dim=6, freq_dim=8, ffn_dim=20,
@@ -184,3 +184,18 @@ def test_states_that_do_not_fit_are_refused(change):
         ValueError, match={"missing": "misses", "unknown": "unknown", "shape": "check the rank"}[change]
     ):
         load_adapter_state_dict(model, "phase_1", state)
+
+
+def test_movement_is_the_relative_norm_of_what_changed():
+    model = model_with_adapter()
+    before, after = to_hf_state_dict(model), merged_state_dict(model, "phase_1")
+    adapted = [name for name in before if name.removesuffix(".weight").endswith(DEFAULT_TARGETS)]
+    change = torch.cat([(after[name].double() - before[name].double()).flatten() for name in adapted]).norm()
+    whole = torch.cat([before[name].double().flatten() for name in adapted]).norm()
+    torch.testing.assert_close(adapter_movement(model, "phase_1").double(), change / whole, rtol=1e-6, atol=0)
+    moved = copy.deepcopy(model)
+    assert weight_movement(moved, model) == 0
+    with torch.no_grad():
+        for _, parameter in base_parameters(moved):
+            parameter.mul_(1.25)
+    assert weight_movement(moved, model).item() == pytest.approx(0.25)
