@@ -189,7 +189,7 @@ def _check_signs(config: Config) -> None:
         "--frames": config.data.frames,
         "--height": config.data.height,
         "--width": config.data.width,
-        "--sample-prompts": config.logging.sample_prompts,
+        "--eval-samples": config.evaluation.eval_samples,
         "--clips": config.evaluation.clips,
         "--teacher-steps": config.evaluation.teacher_steps,
         "--batch-size": config.evaluation.batch_size,
@@ -208,6 +208,8 @@ def _check_signs(config: Config) -> None:
         "--exit-interval": training.exit_interval,
         "--exit-duration-in-mins": training.exit_duration_in_mins,
         "--sample-interval": config.logging.sample_interval,
+        "--sample-prompts": config.logging.sample_prompts,
+        "--eval-interval": config.evaluation.eval_interval,
         "--adam-eps": optimizer.adam_eps,
         "--weight-decay": optimizer.weight_decay,
     }

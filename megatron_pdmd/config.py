@@ -218,13 +218,20 @@ class LoggingConfig:
     tensorboard: bool = True
     # Iterations between sample sheets; 0 draws one at the end of each phase.
     sample_interval: int = 0
-    # Prompts on a sample sheet.
+    # Prompts on a sample sheet; 0 draws no sheets.
     sample_prompts: int = 8
 
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Measurement at the end of a run, for tasks that have one."""
+    """Measurement while a run goes, on fixed prompts and noise, and at its end, for tasks that have one."""
+
+    # Iterations between evaluations on fixed prompts and noise; 0 makes none.
+    eval_interval: int = 0
+    # Prompts of evaluations and sample sheets, in any form that --prompts takes; by default the run's own.
+    eval_prompts: Path | None = None
+    # Samples of an evaluation, each of another prompt; the prompts are spread over all there are.
+    eval_samples: int = 8
 
     # Task whose metrics are measured; none for real models.
     task: Literal["none", "moving_digits"] = "none"

@@ -8,13 +8,14 @@ import argparse
 import json
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from megatron_pdmd.arguments import parse_arguments, to_yaml
-from megatron_pdmd.config import Config, EvaluationConfig
+from megatron_pdmd.config import Config, DataConfig, EvaluationConfig
 from megatron_pdmd.conversion.pipeline_folder import PipelineFolder, read_pipeline
-from megatron_pdmd.data.prompts import load_prompts, read_prompts
+from megatron_pdmd.data.prompts import load_prompts, naming_flag, read_prompts
 from megatron_pdmd.diffusion.noise_schedule import FlowMatchingSchedule
 from megatron_pdmd.diffusion.phases import PhasePlan, deployment_boundary, noise_interval
 from megatron_pdmd.errors import user_errors
@@ -65,16 +66,10 @@ def check(config: Config) -> Plan:
         noise_interval(phase, method.noise_interval, phases.boundary, fixed_t=method.fixed_timestep)
     if config.checkpoint.export:
         deployment_boundary(phases)
-    data = config.data
-    if data.prompts.is_dir():
-        load_prompts(data.prompts, max_length=data.prompt_length, negative_prompt=data.negative_prompt)
-    else:
-        read_prompts(data.prompts)
-        if not source.has_text_encoder:
-            raise ValueError(
-                f"--prompts {data.prompts}: is text, and {source.path} has no text encoder; "
-                "encode it with tools/encode_prompts.py"
-            )
+    _check_prompts(config.data.prompts, config.data, source)
+    if config.evaluation.eval_prompts:
+        with naming_flag("--eval-prompts"):
+            _check_prompts(config.evaluation.eval_prompts, config.data, source)
     _check_kernel_backend(config.model.kernel_backend)
     _check_task_folder(config.evaluation)
     if config.evaluation.task == "moving_digits":
@@ -82,6 +77,22 @@ def check(config: Config) -> Plan:
         load_heldout_digits(config.evaluation.task_folder / "heldout_digits.png")
     check_run_folder(config)
     return Plan(config, source, schedule, phases, _latent_shape(config, source))
+
+
+def _check_prompts(path: Path, data: DataConfig, source: PipelineFolder) -> None:
+    """Refuses prompts that the run could not read.
+
+    Raises:
+        ValueError: they are broken, encoded for other lengths, or text that nothing here can encode.
+    """
+    if path.is_dir():
+        load_prompts(path, max_length=data.prompt_length, negative_prompt=data.negative_prompt)
+        return
+    read_prompts(path)
+    if not source.has_text_encoder:
+        raise ValueError(
+            f"--prompts {path}: is text, and {source.path} has no text encoder; encode it with tools/encode_prompts.py"
+        )
 
 
 def _latent_shape(config: Config, source: PipelineFolder) -> tuple[int, ...]:

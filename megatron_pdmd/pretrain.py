@@ -12,7 +12,7 @@ import torch
 
 from megatron_pdmd.arguments import parse_arguments
 from megatron_pdmd.config import Config, ParallelConfig
-from megatron_pdmd.data.prompts import PromptEmbeddings, load_prompts
+from megatron_pdmd.data.prompts import PromptEmbeddings, load_prompts, naming_flag
 from megatron_pdmd.errors import NoSpaceError, user_errors
 from megatron_pdmd.models import from_hf
 from megatron_pdmd.parallel.agreement import together
@@ -58,7 +58,8 @@ def run(plan: Plan) -> int:
         trainer.restore(start)
         if topology.rank == 0:
             claim_run_folder(plan.config)
-            cut_metrics(plan.config.checkpoint.save / "metrics.jsonl", trainer.progress.iteration)
+            for name in ("metrics.jsonl", "evaluations.jsonl"):
+                cut_metrics(plan.config.checkpoint.save / name, trainer.progress.iteration)
     with user_errors(NoSpaceError), user_errors(CheckpointError):
         reason = trainer.run()
         if trainer.finished:
@@ -106,7 +107,16 @@ def find_start(config: Config) -> Start | None:
 def build(plan: Plan, topology: Topology) -> tuple[Networks, Trainer]:
     """Loads prompts and teacher and makes the trainer."""
     prompts, networks = load_run_prompts(plan), load_networks(plan, topology)
-    trainer = Trainer(plan.config, topology, networks, plan.phases, plan.schedule, prompts, plan.latent_shape)
+    trainer = Trainer(
+        plan.config,
+        topology,
+        networks,
+        plan.phases,
+        plan.schedule,
+        prompts,
+        plan.latent_shape,
+        eval_prompts=load_eval_prompts(plan),
+    )
     return networks, trainer
 
 
@@ -116,6 +126,15 @@ def load_run_prompts(plan: Plan) -> PromptEmbeddings:
     return load_prompts(
         data.prompts, plan.source.path, max_length=data.prompt_length, negative_prompt=data.negative_prompt
     )
+
+
+def load_eval_prompts(plan: Plan) -> PromptEmbeddings | None:
+    """The prompts of evaluations and sheets, where they are not the run's."""
+    data, path = plan.config.data, plan.config.evaluation.eval_prompts
+    if path is None:
+        return None
+    with naming_flag("--eval-prompts"):
+        return load_prompts(path, plan.source.path, max_length=data.prompt_length, negative_prompt=data.negative_prompt)
 
 
 def load_networks(plan: Plan, topology: Topology) -> Networks:

@@ -1,22 +1,28 @@
 """Latents to pixels, with the pipeline's own VAE in diffusers."""
 
 import importlib
+from collections.abc import Iterator
 
 import torch
 
 from megatron_pdmd.conversion.pipeline_folder import PipelineFolder
 
 
-@torch.no_grad()
 def decode_latents(folder: PipelineFolder, latents: torch.Tensor) -> torch.Tensor:
-    """Decodes one clip at a time, in fp32.
+    """All the clips of `decoded_clips` in one tensor, [B, 3, 4 (F - 1) + 1, 8 H, 8 W] in [-1, 1] for Wan's strides."""
+    return torch.cat(list(decoded_clips(folder, latents)))
+
+
+@torch.no_grad()
+def decoded_clips(folder: PipelineFolder, latents: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Decodes one clip at a time, in fp32, where the latents are.
 
     Args:
         folder: a pipeline with an `AutoencoderKLWan`.
         latents: [B, C, F, H, W], normalised by channel as the transformers see them.
 
-    Returns:
-        Pixels [B, 3, 4 (F - 1) + 1, 8 H, 8 W] in [-1, 1] for Wan's strides.
+    Yields:
+        Pixels of the next clip, [1, 3, 4 (F - 1) + 1, 8 H, 8 W] in [-1, 1] for Wan's strides.
 
     Raises:
         ValueError: diffusers is missing, or the VAE is another one or cannot be loaded.
@@ -40,5 +46,5 @@ def decode_latents(folder: PipelineFolder, latents: torch.Tensor) -> torch.Tenso
         torch.tensor(values, device=latents.device).view(1, -1, 1, 1, 1)
         for values in (vae.config.latents_mean, vae.config.latents_std)
     )
-    clips = [vae.decode(clip[None].float() * std + mean, return_dict=False)[0] for clip in latents]
-    return torch.cat(clips).clamp(-1, 1)
+    for clip in latents:
+        yield vae.decode(clip[None].float() * std + mean, return_dict=False)[0].clamp(-1, 1)

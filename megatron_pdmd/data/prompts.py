@@ -4,6 +4,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,15 @@ _INDEX = "prompts.json"
 _FORMAT = "megatron-pdmd-prompts"
 _SHARD = re.compile(r"prompts-(\d{5})-of-(\d{5})\.safetensors")
 ENCODING_BATCH = 8
+
+
+@contextmanager
+def naming_flag(flag: str) -> Iterator[None]:
+    """The errors of what reads prompts inside the block name another flag than --prompts."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(str(error).replace("--prompts", flag)) from None
 
 
 def read_prompts(path: Path) -> list[str]:

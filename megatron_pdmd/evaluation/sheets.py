@@ -26,7 +26,7 @@ class SheetStyle:
     """Sizes of a contact sheet, in pixels unless said otherwise."""
 
     smallest_tile: int = 64  # smaller frames are enlarged to at least this
-    largest_tile: int = 512  # a contact sheet shrinks larger frames by a whole factor
+    largest_tile: int = 512  # larger frames are shrunk by a whole factor
     gap: int = 4  # between frames and between rows
     group_gap: int = 16  # between the samples of two models
     margin: int = 8
@@ -55,6 +55,12 @@ def to_pixels(clips: torch.Tensor, smallest_tile: int = 1) -> np.ndarray:
     levels = ((clips.detach().float().cpu().nan_to_num(-1.0).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     rgb = levels.expand(-1, 3, -1, -1, -1).permute(0, 2, 3, 4, 1)
     return rgb.repeat_interleave(factor, 2).repeat_interleave(factor, 3).numpy()
+
+
+def shrunk(clips: torch.Tensor, style: SheetStyle | None = None) -> torch.Tensor:
+    """[B, C, F, H, W] in the size a sheet shows, fp32: frames larger than a tile are made smaller by a whole factor."""
+    factor = math.ceil(max(clips.shape[-2:]) / (style or SheetStyle()).largest_tile)
+    return F.avg_pool3d(clips.float(), (1, factor, factor))
 
 
 def save_contact_sheet(
@@ -154,9 +160,8 @@ def _tiles(clips: torch.Tensor, max_frames: int, style: SheetStyle) -> np.ndarra
     """The shown frames of [B, C, F, H, W], brought to a tile's size: uint8 [B, F', h, w, 3]."""
     _check_pixels(clips)
     count = clips.shape[2]
-    shown = clips[:, :, torch.linspace(0, count - 1, min(count, max_frames)).round().long()].float()
-    shrink = math.ceil(max(clips.shape[-2:]) / style.largest_tile)
-    return to_pixels(F.avg_pool3d(shown, (1, shrink, shrink)), style.smallest_tile)
+    shown = clips[:, :, torch.linspace(0, count - 1, min(count, max_frames)).round().long()]
+    return to_pixels(shrunk(shown, style), style.smallest_tile)
 
 
 def _wrapped(prompt: str, style: SheetStyle, height: int) -> str:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
+from megatron_pdmd.distillation.step import is_binned
+
 
 @dataclass
 class MetricsLog:
@@ -38,8 +40,7 @@ class MetricsLog:
             entry: `iteration`, `phase`, `consumed_samples`, `milliseconds`, `learning_rate`, `global_batch_size`,
                 `skipped_updates`, and any losses and gradient norms.
         """
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({k: v if math.isfinite(v) else None for k, v in entry.items()}) + "\n")
+        self._append("metrics.jsonl", entry)
         if self._writer:
             for name, value in entry.items():
                 if name != "iteration":
@@ -61,6 +62,26 @@ class MetricsLog:
                 parts.append(f"{name.replace('_', ' ')}: {value:.6E}")
         parts.append(f"number of skipped updates: {entry['skipped_updates']:3d}")
         return " " + " | ".join(parts) + " |"
+
+    def write_evaluation(self, entry: Mapping[str, float | int]) -> None:
+        """Logs what an evaluation on fixed samples found, in evaluations.jsonl.
+
+        Args:
+            entry: `iteration` and `phase` of the iterations done, and any numbers. Those of single bins of noise are
+                left out of the line.
+        """
+        self._append("evaluations.jsonl", entry)
+        values = {name: value for name, value in entry.items() if name not in ("iteration", "phase")}
+        if self._writer:
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, entry["iteration"])
+        told = [f"{name.replace('_', ' ')}: {value:.6E}" for name, value in values.items() if not is_binned(name)]
+        head = f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] evaluation after iteration {entry['iteration']}"
+        print(" " + " | ".join([head, f"phase: {entry['phase']}", *told]) + " |", flush=True)
+
+    def _append(self, file_name: str, entry: Mapping[str, float | int]) -> None:
+        with (self.folder / file_name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({k: v if math.isfinite(v) else None for k, v in entry.items()}) + "\n")
 
     def close(self) -> None:
         if self._writer:

@@ -17,6 +17,9 @@ from megatron_pdmd.evaluation.clip_classifier import load_classifier
 from megatron_pdmd.evaluation.heldout_digits import load_heldout_digits
 from megatron_pdmd.evaluation.moving_digits_report import clip_features, evaluate_clips, real_clips
 from megatron_pdmd.models.lora import merged_weights
+from megatron_pdmd.parallel.agreement import together
+from megatron_pdmd.parallel.patience import patient_group
+from megatron_pdmd.parallel.topology import Topology
 from megatron_pdmd.training.networks import Networks
 from megatron_pdmd.training.sampling import Sampler
 
@@ -50,33 +53,41 @@ def evaluate_moving_digits(config: Config, sampler: Sampler) -> dict[str, dict[s
     with few steps is sampled with and without guidance, and `teacher_4` is the one nearer to the real clips.
 
     Returns:
-        Metrics by sampler, named with its number of steps.
+        On rank 0, metrics by sampler, named with its number of steps; elsewhere nothing.
     """
-    options, method = config.evaluation, config.method
-    classifier = load_classifier(options.classifier).to(sampler.topology.device)
-    images, labels = load_heldout_digits(options.heldout_digits)
+    options, few = config.evaluation, config.method.num_steps
     chosen = [i % len(sampler.prompts) for i in range(options.clips)]
-    texts = [sampler.prompts.prompts[i] for i in chosen]
-    reference = clip_features(classifier, real_clips(texts, images, labels, config.training.seed))
-    measure = functools.partial(evaluate_clips, prompts=texts, classifier=classifier, real_features=reference)
-    guidance, few = functools.partial(guidance_scale, method), method.num_steps
-    results = {"real": measure(real_clips(texts, images, labels, config.training.seed + 1))}
-    for name, steps, scale in (
-        (f"teacher_{options.teacher_steps}", options.teacher_steps, guidance),
-        (f"teacher_{few}_guided", few, guidance),
-        (f"teacher_{few}_unguided", few, lambda expert: 1.0),
+    guidance = functools.partial(guidance_scale, config.method)
+    clips = {}
+    for name, sample in (
+        (f"teacher_{options.teacher_steps}", lambda: sampler.teacher(chosen, options.teacher_steps, guidance)),
+        (f"teacher_{few}_guided", lambda: sampler.teacher(chosen, few, guidance)),
+        (f"teacher_{few}_unguided", lambda: sampler.teacher(chosen, few, lambda expert: 1.0)),
+        (f"student_{few}", lambda: sampler.student(chosen)),
     ):
-        results[name] = measure(_told(name, sampler, sampler.teacher(chosen, steps, scale)))
+        clips[name] = sampler.gather(sample(), len(chosen))
+        if sampler.topology.rank == 0:
+            print(f"sampled {len(chosen)} clips of {name}", flush=True)
+    with together(patient_group()):
+        return _measure(config, clips, [sampler.prompts.prompts[i] for i in chosen], sampler.topology)
+
+
+def _measure(
+    config: Config, clips: dict[str, torch.Tensor | None], texts: list[str], topology: Topology
+) -> dict[str, dict[str, Any]]:
+    """The metrics of sampled and of real clips, on rank 0, whose device reads them."""
+    if topology.rank != 0:
+        return {}
+    options, few, seed = config.evaluation, config.method.num_steps, config.training.seed
+    classifier = load_classifier(options.classifier).to(topology.device)
+    images, labels = load_heldout_digits(options.heldout_digits)
+    reference = clip_features(classifier, real_clips(texts, images, labels, seed))
+    clips = {"real": real_clips(texts, images, labels, seed + 1)} | clips
+    results = {name: evaluate_clips(own, texts, classifier, reference) for name, own in clips.items()}
+    student = results.pop(f"student_{few}")
     both = (results[f"teacher_{few}_guided"], results[f"teacher_{few}_unguided"])
-    results[f"teacher_{few}"] = min(both, key=lambda metrics: metrics["frechet_distance"])
-    results[f"student_{few}"] = measure(_told(f"student_{few}", sampler, sampler.student(chosen)))
-    return results
-
-
-def _told(name: str, sampler: Sampler, clips: torch.Tensor) -> torch.Tensor:
-    if sampler.topology.rank == 0:
-        print(f"sampled {len(clips)} clips of {name}", flush=True)
-    return clips
+    nearer = min(both, key=lambda metrics: metrics["frechet_distance"])
+    return results | {f"teacher_{few}": nearer, f"student_{few}": student}
 
 
 def write_summary(folder: Path, content: dict[str, Any]) -> None:

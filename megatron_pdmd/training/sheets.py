@@ -1,63 +1,97 @@
 """Sample sheets of a run: the teacher's many steps beside the student's few, from the same noise."""
 
-import functools
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 
 from megatron_pdmd.config import Config
 from megatron_pdmd.conversion.pipeline_folder import read_pipeline
-from megatron_pdmd.conversion.vae import decode_latents
-from megatron_pdmd.distillation.step import guidance_scale
-from megatron_pdmd.evaluation.sheets import save_animation, save_contact_sheet
+from megatron_pdmd.conversion.vae import decoded_clips
+from megatron_pdmd.evaluation.sheets import save_animation, save_contact_sheet, shrunk
+from megatron_pdmd.parallel.agreement import together
+from megatron_pdmd.parallel.patience import patient_group
+from megatron_pdmd.training.fixed_samples import FixedSamples, spread
 from megatron_pdmd.training.sampling import Sampler
 
 
 @dataclass
 class SampleSheets:
-    """Draws PNG and GIF sheets into the run's samples/; the teacher's half is sampled once.
+    """Draws PNG and GIF sheets into the run's samples/; with `--sample-prompts 0` it draws none.
 
     Attributes:
-        config: names the folder, the number of prompts and the teacher's steps.
+        config: names the folder and the number of prompts.
+        samples: what is drawn.
     """
 
     config: Config
+    samples: FixedSamples
+    _drawn: bool = field(default=False, init=False)  # on all ranks alike, where the next two are the first one's
     _teacher: torch.Tensor | None = field(default=None, init=False)
+    _teacher_pixels: torch.Tensor | None = field(default=None, init=False)
 
     def draw(self, sampler: Sampler, iteration: int) -> None:
-        """Samples on all ranks; the first one writes `iter_0000100.png` and `.gif`, or says why it cannot.
+        """Samples on all ranks; the first one writes `iter_0000100.png` and `.gif`, or says why it cannot."""
+        if self.config.logging.sample_prompts:
+            self.write(sampler, self.samples.student(sampler)[1], iteration)
 
-        Before the last phase has begun, the teacher takes over where the trained phases end.
+    def write(self, sampler: Sampler, student: torch.Tensor, iteration: int) -> None:
+        """Draws what was sampled. Called on all ranks, which wait for the first one without their devices.
+
+        Args:
+            sampler: of the samples.
+            student: this replica's share, at t = 0.
+            iteration: names the files.
         """
-        texts = sampler.prompts.prompts
-        count = min(self.config.logging.sample_prompts, len(texts))
-        chosen = [round(i * (len(texts) - 1) / max(count - 1, 1)) for i in range(count)]
-        steps = self.config.evaluation.teacher_steps
-        guidance = functools.partial(guidance_scale, self.config.method)
-        if self._teacher is None:
-            self._teacher = sampler.teacher(chosen, steps, guidance)
-        student = sampler.student(chosen)
-        label, end = f"student, {len(sampler.plan.times) - 1} steps", sampler.plan.times[-1]
-        if end > 0:
-            student = sampler.teacher(chosen, steps, guidance, start=(end, student))
-            label += ", then teacher"
-        if sampler.topology.rank == 0:
-            clips = {f"teacher, {steps} steps": self._teacher, label: student}
-            try:
-                self._write(clips, [texts[i] for i in chosen], f"iter_{iteration:07d}")
-            except ValueError as error:
-                print(f"iteration {iteration}: no sample sheet ({error})", flush=True)
+        if not self.config.logging.sample_prompts:
+            return
+        chosen = self.samples.prompts(sampler)
+        if not self._drawn:
+            self._teacher, self._drawn = sampler.gather(self.samples.teacher(sampler), len(chosen)), True
+        student = sampler.gather(student, len(chosen))
+        with together(patient_group()):
+            if sampler.topology.rank == 0:
+                try:
+                    self._write(sampler, student, chosen, iteration)
+                except ValueError as error:
+                    print(f"iteration {iteration}: no sample sheet ({error})", flush=True)
 
-    def _write(self, clips: Mapping[str, torch.Tensor], prompts: list[str], name: str) -> None:
+    def _write(self, sampler: Sampler, student: torch.Tensor, chosen: list[int], iteration: int) -> None:
         """Decodes the latents where the teacher has a VAE, and writes PNG and GIF.
 
         Raises:
             ValueError: the VAE cannot be used, or there is none and the latents are no pixels.
         """
-        source = read_pipeline(self.config.model.teacher)
-        pixels = {label: decode_latents(source, x) if source.has_vae else x for label, x in clips.items()}
-        folder = self.config.checkpoint.save / "samples"
+        rows = spread(self.config.logging.sample_prompts, len(chosen))
+        if self._teacher_pixels is None:
+            self._teacher_pixels = self._pixels(self._teacher[rows])
+        plan = sampler.plan
+        label = f"student, {len(plan.times) - 1} steps" + (", then teacher" if plan.times[-1] > 0 else "")
+        steps = self.config.evaluation.teacher_steps
+        pixels = {f"teacher, {steps} steps": self._teacher_pixels, label: self._pixels(student[rows])}
+        folder, name = self.config.checkpoint.save / "samples", f"iter_{iteration:07d}"
+        prompts = [sampler.prompts.prompts[chosen[row]] for row in rows]
         save_contact_sheet(folder / f"{name}.png", pixels, prompts)
         pairs = torch.stack(list(pixels.values()), dim=1).flatten(0, 1)
         save_animation(folder / f"{name}.gif", pairs, columns=len(pixels))
+
+    def _pixels(self, latents: torch.Tensor) -> torch.Tensor:
+        """Decodes one clip after another on the CPU, for the devices are full, and keeps each in a tile's size."""
+        source = read_pipeline(self.config.model.teacher)
+        if not source.has_vae:
+            return latents
+        with _all_cores():
+            return torch.cat([shrunk(clip) for clip in decoded_clips(source, latents)])
+
+
+@contextmanager
+def _all_cores() -> Iterator[None]:
+    """Computes with every core inside the block: the other ranks of the machine wait and leave theirs."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

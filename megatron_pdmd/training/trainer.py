@@ -1,5 +1,6 @@
 """The run: phases one after another, each trained, logged, saved, and handed on to the next."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -9,7 +10,7 @@ from megatron_pdmd.data.prompts import PromptEmbeddings
 from megatron_pdmd.diffusion.noise_schedule import NoiseSchedule
 from megatron_pdmd.diffusion.phases import Phase, PhasePlan
 from megatron_pdmd.distillation.randomness import Counter
-from megatron_pdmd.distillation.step import Iteration
+from megatron_pdmd.distillation.step import Iteration, is_binned
 from megatron_pdmd.parallel.topology import Topology
 from megatron_pdmd.training.checkpointing import (
     Checkpoint,
@@ -24,8 +25,8 @@ from megatron_pdmd.training.networks import Networks
 from megatron_pdmd.training.phase import Metrics, PhaseTrainer
 from megatron_pdmd.training.sampling import SAMPLING_PHASE, Sampler
 from megatron_pdmd.training.sharded_state import Shard
-from megatron_pdmd.training.sheets import SampleSheets
 from megatron_pdmd.training.stopping import StopRequest
+from megatron_pdmd.training.validation import Validation
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Trainer:
         schedule: NoiseSchedule,
         prompts: PromptEmbeddings,
         latent_shape: tuple[int, ...],
+        eval_prompts: PromptEmbeddings | None = None,
     ):
         self._config = config
         self._topology = topology
@@ -67,7 +69,8 @@ class Trainer:
         self._schedule = schedule
         self._prompts = prompts
         self._latent_shape = latent_shape
-        self._sheets = SampleSheets(config)
+        self._eval_prompts = eval_prompts or prompts
+        self._validation = Validation(config)
         self._done_here = 0
         self._open_updates: list[Metrics] = []
         self._clock = time.monotonic()
@@ -133,6 +136,8 @@ class Trainer:
                     self._open_updates = []
                 self._clock = time.monotonic()
                 self._train_phase(phase, writer, log, stop)
+                if not stop.reason:  # when the phase's memory is free again, and its weights are saved
+                    self._validation.sheets.draw(self._fixed_sampler(), self.progress.iteration)
                 self._count_time()
                 if stop.reason:
                     break
@@ -191,7 +196,8 @@ class Trainer:
             if self._train_iteration(trainer, log, between_updates):
                 last = self.progress.phase_iteration == count
                 between_updates(save=last or bool(every and self.progress.iteration % every == 0))
-                self._draw_sheet(last)
+                if not stop.reason:
+                    self._evaluate(iteration, log, last)
         trainer.release()
         self._networks.finish_phase(phase.index)
 
@@ -216,7 +222,8 @@ class Trainer:
         self._count_time()
         self._done_here += 1
         if skipped and self._topology.rank == 0:
-            names = ", ".join(name for name, value in metrics.items() if value != value or abs(value) == float("inf"))
+            wrong = (name for name, value in metrics.items() if not (math.isfinite(value) or is_binned(name)))
+            names = ", ".join(wrong)
             print(f"iteration {self.progress.iteration}: {skipped} update skipped on all ranks, not finite: {names}")
         if log and self.progress.iteration % self._config.logging.log_interval == 0:
             entry = {
@@ -266,7 +273,18 @@ class Trainer:
             open_updates=list(self._open_updates),
         )
 
-    def _draw_sheet(self, last: bool) -> None:
-        every = self._config.logging.sample_interval
-        if last or (every and self.progress.iteration % every == 0):
-            self._sheets.draw(self.sampler(), self.progress.iteration)
+    def _fixed_sampler(self) -> Sampler:
+        """For evaluations and sheets: one prompt at a time, dealt to the replicas."""
+        return replace(self.sampler(), prompts=self._eval_prompts, batch_size=1)
+
+    def _evaluate(self, iteration: Iteration, log: MetricsLog | None, last: bool) -> None:
+        """The evaluation or the sheet that is due; the sheet of a phase's end is drawn after it."""
+        number, options = self.progress.iteration, self._config
+        every, phase = options.logging.sample_interval, iteration.phase.index
+        if options.evaluation.eval_interval and number % options.evaluation.eval_interval == 0:
+            found = self._validation.evaluate(self._fixed_sampler(), iteration, number, draw=not last)
+            movement = self._networks.movement(phase).item()
+            if log:
+                log.write_evaluation({"iteration": number, "phase": phase, "generator_movement": movement} | found)
+        elif every and number % every == 0 and not last:
+            self._validation.sheets.draw(self._fixed_sampler(), number)

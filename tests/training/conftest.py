@@ -17,7 +17,6 @@ from megatron_pdmd.conversion.weight_files import write_model
 from megatron_pdmd.data.prompts import PromptEmbeddings
 from megatron_pdmd.models import WanConfig, WanModel, to_hf_state_dict
 from megatron_pdmd.parallel import destroy_topology, without_cuda
-from megatron_pdmd.training.sheets import SampleSheets
 
 TINY = WanConfig(
     patch_size=(1, 2, 2),
@@ -129,13 +128,10 @@ def launch(flags: list[str]) -> Launch:
     """The function ``launch(save, *more_flags, sheets=False)``: the program's exit code; sheets only where asked."""
 
     def run(save: Path, *more: str, sheets: bool = False) -> int:
-        with pytest.MonkeyPatch.context() as patch:
-            if not sheets:
-                patch.setattr(SampleSheets, "draw", lambda self, sampler, iteration: None)
-            try:
-                return pretrain.main([*flags, "--save", str(save), *more])
-            finally:
-                destroy_topology()
+        try:
+            return pretrain.main([*flags, "--save", str(save), *([] if sheets else ["--sample-prompts", "0"]), *more])
+        finally:
+            destroy_topology()
 
     return run
 

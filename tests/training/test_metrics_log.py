@@ -64,3 +64,17 @@ def test_a_resumed_run_overwrites_what_tensorboard_had_of_later_iterations(tmp_p
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("fake_loss")] == [(1, 1.0), (2, 2.0), (3, 2.0)]
     assert events.Scalars("generator_grad_norm")[0].value == pytest.approx(1.5)
+
+
+def test_evaluations_have_a_file_and_a_line_of_their_own(tmp_path, capsys):
+    log = MetricsLog(tmp_path, total=20, first=0, tensorboard=True)
+    found = {"sample_distance": 0.5, "sample_change": math.nan, "eval_fake_loss_bin_0": 0.25}
+    log.write_evaluation({"iteration": 10, "phase": 1} | found)
+    log.close()
+    (row,) = map(json.loads, (tmp_path / "evaluations.jsonl").read_text().splitlines())
+    assert row == {"iteration": 10, "phase": 1} | found | {"sample_change": None}
+    assert not (tmp_path / "metrics.jsonl").exists()
+    line = capsys.readouterr().out
+    assert "evaluation after iteration 10 | phase: 1 | sample distance: 5.000000E-01 |" in line and "bin" not in line
+    (event,) = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("eval_fake_loss_bin_0")
+    assert (event.step, event.value) == (10, 0.25)

@@ -10,12 +10,10 @@ import signal
 from pathlib import Path
 from types import SimpleNamespace
 
-import imageio.v3 as iio
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_pdmd.config import CheckpointConfig, Config, ModelConfig
 from megatron_pdmd.conversion.weight_files import write_model
 from megatron_pdmd.distillation.roles import Roles
 from megatron_pdmd.models import WanConfig, WanModel, to_hf_state_dict
@@ -23,7 +21,6 @@ from megatron_pdmd.parallel import without_cuda
 from megatron_pdmd.training.checkpointing import TRACKER, Checkpoint, latest_checkpoint
 from megatron_pdmd.training.phase import PhaseTrainer
 from megatron_pdmd.training.sharded_state import Shard
-from megatron_pdmd.training.sheets import SampleSheets
 
 VARIANTS = {
     "lora, average": ("--ema-decay", "0.9"),
@@ -338,34 +335,6 @@ def test_a_skipped_fake_update_leaves_the_fake_score_as_it_was(launch, pipeline,
     teacher = load_file(pipeline / "transformer" / "diffusion_pytorch_model.safetensors")
     assert fake.keys() == teacher.keys()
     assert all(torch.equal(fake[name], teacher[name]) for name in fake)
-
-
-def test_a_run_from_text_draws_sheets_and_exports(launch, prompt_file, tmp_path, capsys):
-    run = tmp_path / "run"
-    more = ["--prompts", str(prompt_file), "--train-iters", "1", "--fake-updates", "1", "--export", "--tensorboard"]
-    assert launch(run, *more, sheets=True) == 0
-    for iteration in (1, 2):
-        sheet = iio.imread(run / "samples" / f"iter_{iteration:07d}.png")
-        assert sheet.ndim == 3 and sheet.std() > 0
-        assert len(iio.imread(run / "samples" / f"iter_{iteration:07d}.gif")) == 2
-    assert (run / "hf" / "model_index.json").is_file() and (run / "summary.json").is_file()
-    assert list((run / "tensorboard").iterdir())
-    assert "no sample sheet" not in capsys.readouterr().out
-
-
-def test_latents_that_are_no_pixels_cost_the_sheet_and_not_the_run(pipeline, tmp_path, capsys):
-    config = Config(model=ModelConfig(pipeline), checkpoint=CheckpointConfig(tmp_path))
-    latents = torch.zeros(2, 16, 2, 4, 4)
-    sampler = SimpleNamespace(
-        prompts=SimpleNamespace(prompts=("a", "b")),
-        plan=SimpleNamespace(times=(1.0, 0.0)),
-        topology=SimpleNamespace(rank=0),
-        teacher=lambda chosen, steps, guidance: latents,
-        student=lambda chosen: latents,
-    )
-    SampleSheets(config).draw(sampler, 7)
-    assert "iteration 7: no sample sheet" in capsys.readouterr().out
-    assert not (tmp_path / "samples").exists()
 
 
 def test_a_batch_that_ranks_and_micro_batches_do_not_divide_is_refused(launch, tmp_path, capsys):
