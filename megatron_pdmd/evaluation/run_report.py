@@ -6,7 +6,7 @@ python -m megatron_pdmd.evaluation.run_report runs/quickstart
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,17 +32,18 @@ METRICS = {  # of the moving-digits task, and which values are better
 }
 
 
-def read_metrics(run: Path) -> list[dict]:
-    """The logged iterations of a run, oldest first.
+def read_metrics(run: Path, name: str = "metrics.jsonl") -> list[dict]:
+    """The logged iterations of a run, or with `evaluations.jsonl` its evaluations, oldest first.
 
     A last line without its end is left out: a running program has not finished writing it.
 
     Raises:
-        ValueError: `metrics.jsonl` is missing or empty, or a line is not a JSON object.
+        ValueError: the file is missing or empty, or a line is not a JSON object.
     """
-    path = run / "metrics.jsonl"
+    path = run / name
     if not path.is_file():
-        raise ValueError(f"no {path}; name a run's folder, the --save of its training")
+        made = "trained with --eval-interval" if name == "evaluations.jsonl" else "the --save of its training"
+        raise ValueError(f"no {path}; name a run's folder, {made}")
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], start=1):
         try:
@@ -107,7 +108,7 @@ def _draw_panel(panel: Axes, rows: list[dict], keys: tuple[str, ...]) -> None:
             continue
         iterations, values = zip(*points, strict=True)
         panel.plot(iterations, values, color=f"C{color}", alpha=0.3, linewidth=0.8)
-        panel.plot(iterations, _running_mean(values), color=f"C{color}", linewidth=1.4, label=key)
+        panel.plot(iterations, running_mean(values), color=f"C{color}", linewidth=1.4, label=key)
         if key.endswith("grad_norm") and min(values) > 0:
             panel.set_yscale("log")
     if len(keys) > 1 and panel.lines:
@@ -118,7 +119,7 @@ def _finite(value: object) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def _running_mean(values: tuple[float, ...], keep: float = 0.9) -> list[float]:
+def running_mean(values: Sequence[float], keep: float = 0.9) -> list[float]:
     """Exponential mean, unbiased at its start."""
     means, total, weight = [], 0.0, 0.0
     for value in values:
