@@ -106,10 +106,10 @@ def sheet_figure(runs: Mapping[str, Path]) -> Figure:
         pictures.append(iio.imread(found[-1]))
     width = max(picture.shape[1] for picture in pictures)
     height = sum(picture.shape[0] for picture in pictures)
-    figure = Figure(figsize=(6.5, 6.5 * height / width + 0.3 * len(pictures)), layout="constrained")
+    figure = Figure(figsize=(8, 8 * height / width + 0.3 * len(pictures)), layout="constrained")
     panels = figure.subplots(len(pictures), 1, squeeze=False)[:, 0]
     for panel, label, picture in zip(panels, runs, pictures, strict=True):
-        panel.imshow(picture)
+        panel.imshow(picture, interpolation="nearest")
         panel.set_title(label, fontsize=9, loc="left")
         panel.axis("off")
     return figure

@@ -128,12 +128,14 @@ def _shortened(plan: Plan, ranks: int) -> Config:
     """The run with nothing left out but repetitions: one iteration of each phase, of one micro-batch, with as many fake
     updates as meet every expert, and few samples of few steps."""
     config, data = plan.config, _data_ranks(plan.config, ranks)
-    training, logging = config.training, config.logging
+    training, logging, evaluation = config.training, config.logging, config.evaluation
+    micro_batch = min(training.micro_batch_size, training.global_batch_size // data)
     config = _replaced(
         config,
         "training",
         train_iters=(1,),
-        global_batch_size=training.micro_batch_size * data,
+        micro_batch_size=micro_batch,
+        global_batch_size=micro_batch * data,
         exit_duration_in_mins=0.0,
         exit_interval=0,
         exit_signal_handler=False,
@@ -143,6 +145,12 @@ def _shortened(plan: Plan, ranks: int) -> Config:
     config = _replaced(config, "method", fake_updates=_updates_of_all_experts(plan), fake_warmup=0, phase=0)
     config = _replaced(
         config, "logging", log_interval=1, tensorboard=False, sample_prompts=min(logging.sample_prompts, data)
+    )
+    config = _replaced(
+        config,
+        "evaluation",
+        eval_interval=min(evaluation.eval_interval, 1),
+        eval_samples=min(evaluation.eval_samples, data),
     )
     return _replaced(config, "evaluation", task="none", teacher_steps=2, batch_size=1)
 

@@ -35,6 +35,7 @@ from megatron_pdmd.training.networks import Networks
 from megatron_pdmd.training.phase import PhaseTrainer, TrainedNetwork
 from megatron_pdmd.training.sharded_state import Shard
 from megatron_pdmd.training.sheets import SampleSheets
+from megatron_pdmd.training.validation import Validation
 
 # Parts of a run, by the functions that are them.
 _MOMENTS: tuple[tuple[Any, str, str], ...] = (
@@ -44,7 +45,8 @@ _MOMENTS: tuple[tuple[Any, str, str], ...] = (
     (CheckpointWriter, "save", "save a checkpoint"),
     (trainer.Trainer, "restore", "load a checkpoint"),
     (PhaseTrainer, "load_state", "load a checkpoint"),
-    (trainer.Trainer, "_draw_sheet", "sample sheet"),
+    (SampleSheets, "draw", "sample sheet"),
+    (Validation, "evaluate", "evaluation"),
     (PhaseTrainer, "release", "release"),
     (pretrain, "finish", "export"),
 )

@@ -29,6 +29,8 @@ CASES = {
         *["--dry-run", "2", "--phase-steps", "4", "--train-iters", "1", "--gradient-truncation", "none"],
         "--no-export",
     ],
+    "evaluations": ["--dry-run", "4", *TP2, "--eval-interval", "50", "--global-batch-size", "4", "--bf16"],
+    "no sheets": ["--dry-run", "2", "--sample-prompts", "0", "--bf16"],
     "plain kernels": ["--dry-run", "1", "--kernel-backend", "reference"],
     "every axis, another rank": [
         *["--dry-run", "8", "--dry-run-rank", "3", *TP2, *CP2, *OVERLAPS],
