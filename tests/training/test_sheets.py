@@ -88,10 +88,10 @@ def test_each_replica_samples_one_prompt_at_a_time(launch, run_ranks, tmp_path):
                 batches.append(len(request.x_t))
             return answer(self, request)
 
-        def run_iteration(self, index):
-            training.append(index)
+        def run_iteration(self, *args):
+            training.append(True)
             try:
-                return iterate(self, index)
+                return iterate(self, *args)
             finally:
                 training.clear()
 

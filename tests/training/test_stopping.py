@@ -111,7 +111,8 @@ def test_an_open_iteration_goes_on_in_another_run_and_layout(finished, launch, r
     (ours,), theirs = logged(one), logged(whole)[1]
     assert ours.keys() == theirs.keys()
     eps = torch.finfo(torch.float32).eps
-    assert all(abs(ours[name] - value) <= eps**0.5 * abs(value) for name, value in theirs.items())
+    told = {name: value for name, value in theirs.items() if value is not None}
+    assert all(abs(ours[name] - value) <= eps**0.5 * abs(value) for name, value in told.items())
 
 
 def test_a_phase_that_is_cut_short_forgets_its_open_iteration(launch, tmp_path):
