@@ -1,5 +1,6 @@
 """Data-parallel wrappers on one rank: where gradients land, who takes part, and how wrappers follow one another."""
 
+import copy
 import gc
 import weakref
 
@@ -94,6 +95,25 @@ def test_bf16_gradients_accumulate_in_fp32(module, x):
     for parameter, gradient in zip(module.parameters(), once, strict=True):
         assert parameter.main_grad.dtype == torch.float32
         assert torch.equal(parameter.main_grad, 3 * gradient.float())
+
+
+def test_many_micro_batches_of_a_bf16_network_lose_nothing_in_their_sum(module):
+    """Against an fp64 network with the same weights, and against gradients that plain torch adds up in bf16."""
+    module.bfloat16()
+    exact, plain = copy.deepcopy(module).double(), copy.deepcopy(module)
+    batches = torch.randn(256, 4, 6, generator=torch.Generator().manual_seed(2)).bfloat16()
+    ddp = data_parallel(module, bf16=True)
+    ddp.zero_grad_buffer()
+    for batch in batches:
+        for network, x in ((module, batch), (plain, batch), (exact, batch.double())):
+            (network(x).square().sum() / len(batches)).backward()
+    for ours, other, reference in zip(module.parameters(), plain.parameters(), exact.parameters(), strict=True):
+        assert ours.main_grad.dtype == torch.float32 and other.grad.dtype == torch.bfloat16
+        in_fp32, in_bf16 = (
+            ((grad.double() - reference.grad).norm() / reference.grad.norm()).item()
+            for grad in (ours.main_grad, other.grad)
+        )
+        assert in_fp32 < torch.finfo(torch.bfloat16).eps < in_bf16
 
 
 def test_two_wrappers_hold_disjoint_parameters_of_one_module(module, x):
