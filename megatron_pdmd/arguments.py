@@ -76,8 +76,8 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     return converted
 
 
-def to_yaml(config: Config) -> str:
-    """The whole config as a recipe that `load_recipe` reads back."""
+def to_plain(config: Config) -> dict[str, Any]:
+    """The whole config in lists, texts and numbers."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
@@ -86,7 +86,12 @@ def to_yaml(config: Config) -> str:
             return list(value)
         return str(value) if isinstance(value, Path) else value
 
-    return yaml.safe_dump(plain(dataclasses.asdict(config)), sort_keys=False)
+    return plain(dataclasses.asdict(config))
+
+
+def to_yaml(config: Config) -> str:
+    """The whole config as a recipe that `load_recipe` reads back."""
+    return yaml.safe_dump(to_plain(config), sort_keys=False)
 
 
 def parse_arguments(arguments: Sequence[str]) -> tuple[Config, LaunchConfig]:
@@ -161,6 +166,7 @@ def validate(config: Config) -> None:
     _check_signs(config)
     _check_phases(config)
     _check_ranges(config)
+    _check_learning_rates(config)
     _check_combinations(config)
     if config.model.teacher is None:
         raise ValueError("--teacher: name the teacher's Hugging Face pipeline folder")
@@ -183,7 +189,6 @@ def _check_signs(config: Config) -> None:
         "--global-batch-size": training.global_batch_size,
         "--lr": optimizer.lr,
         "--fake-lr": optimizer.fake_lr,
-        "--clip-grad": optimizer.clip_grad,
         "--log-interval": config.logging.log_interval,
         "--prompt-length": config.data.prompt_length,
         "--frames": config.data.frames,
@@ -212,6 +217,7 @@ def _check_signs(config: Config) -> None:
         "--eval-interval": config.evaluation.eval_interval,
         "--adam-eps": optimizer.adam_eps,
         "--weight-decay": optimizer.weight_decay,
+        "--clip-grad": optimizer.clip_grad,
     }
     for flag, value in not_negative.items():
         if not 0 <= value < math.inf:
@@ -240,9 +246,36 @@ def _check_combinations(config: Config) -> None:
         raise ValueError(
             "--overlap-param-gather: only --use-distributed-optimizer gathers weights; add it, or drop the flag"
         )
+    logging = config.logging
+    for flag, given in (("--wandb-exp-name", logging.wandb_exp_name), ("--wandb-save-dir", logging.wandb_save_dir)):
+        if given and not logging.wandb_project:
+            raise ValueError(f"{flag} {given}: nothing goes to wandb without --wandb-project; add it, or drop the flag")
     for flag, given in (("--finetune", checkpoint.finetune), ("--no-load-optim", not checkpoint.load_optim)):
         if given and checkpoint.load is None:
             raise ValueError(f"{flag}: says what to take from --load, which is not given; name a run's folder there")
+
+
+def _check_learning_rates(config: Config) -> None:
+    """Refuses what megatron-core's schedule would only meet when a phase begins."""
+    optimizer, shortest = config.optimizer, min(config.training.train_iters)
+    for prefix in ("", "fake_"):
+        names = ("lr", "min_lr", "lr_warmup_init", "lr_warmup_iters", "lr_decay_iters")
+        lr, lowest, first, warmup, decay = (getattr(optimizer, prefix + name) for name in names)
+        flag = f"--{prefix.replace('_', '-')}"
+        for name, value in (("min-lr", lowest), ("lr-warmup-init", first)):
+            if not 0 <= value <= lr:
+                raise ValueError(f"{flag}{name} {value}: must lie between 0 and {flag}lr {lr}")
+        for name, value in (("lr-warmup-iters", warmup), ("lr-decay-iters", decay)):
+            if value < 0:
+                raise ValueError(f"{flag}{name} {value}: must not be negative")
+        if warmup and warmup >= (decay or shortest):
+            until = f"{flag}lr-decay-iters {decay}" if decay else f"a phase's --train-iters {shortest}"
+            raise ValueError(f"{flag}lr-warmup-iters {warmup}: must be less than {until}")
+    if config.method.fake_warmup and optimizer.fake_lr_warmup_iters and not optimizer.fake_lr_warmup_init:
+        raise ValueError(
+            f"--fake-lr-warmup-iters {optimizer.fake_lr_warmup_iters}: the rate of the first iteration, with all "
+            "updates of --fake-warmup, would be 0; give --fake-lr-warmup-init, or drop one of them"
+        )
 
 
 def _check_ranges(config: Config) -> None:

@@ -34,6 +34,7 @@ def _comma_separated(convert: Callable[[str], T], metavar: str) -> PrimitiveCons
 
 Ints = Annotated[tuple[int, ...], _comma_separated(int, "N,N")]
 Floats = Annotated[tuple[float, ...], _comma_separated(float, "X,X")]
+DecayStyle = Literal["constant", "linear", "cosine", "inverse-square-root"]
 
 
 @dataclass(frozen=True)
@@ -114,8 +115,28 @@ class OptimizerConfig:
     adam_eps: float = 1e-8
     # Decoupled weight decay.
     weight_decay: float = 0.0
-    # Largest gradient norm; larger ones are scaled down to it.
+    # Largest gradient norm; larger ones are scaled down to it. 0 does not clip.
     clip_grad: float = 1.0
+    # How the generator's rate falls from --lr after its warm-up, over the iterations of each phase.
+    lr_decay_style: DecayStyle = "constant"
+    # Iterations of each phase in which the generator's rate rises to --lr.
+    lr_warmup_iters: int = 0
+    # The generator's rate in the first iteration of its warm-up.
+    lr_warmup_init: float = 0.0
+    # Iterations of each phase, warm-up included, after which the generator's rate is --min-lr; 0 takes the phase's.
+    lr_decay_iters: int = 0
+    # The generator's rate decays no further than to this.
+    min_lr: float = 0.0
+    # How the fake score's rate falls from --fake-lr after its warm-up, over the iterations of each phase.
+    fake_lr_decay_style: DecayStyle = "constant"
+    # Iterations of each phase in which the fake score's rate rises to --fake-lr.
+    fake_lr_warmup_iters: int = 0
+    # The fake score's rate in the first iteration of its warm-up.
+    fake_lr_warmup_init: float = 0.0
+    # Iterations of each phase after which the fake score's rate is --fake-min-lr; 0 takes the phase's.
+    fake_lr_decay_iters: int = 0
+    # The fake score's rate decays no further than to this.
+    fake_min_lr: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -138,6 +159,10 @@ class TrainingConfig:
     exit_interval: int = 0
     # Save and stop (exit code 3) after the present update on SIGTERM and SIGINT.
     exit_signal_handler: bool = True
+
+    def iterations_of(self, phase: int) -> int:
+        """Iterations of a phase, by its 1-based index."""
+        return self.train_iters[0] if len(self.train_iters) == 1 else self.train_iters[phase - 1]
 
 
 @dataclass(frozen=True)
@@ -212,10 +237,20 @@ class CheckpointConfig:
 class LoggingConfig:
     """What is told while the run goes."""
 
-    # Iterations between log lines.
+    # Iterations between log entries, each the mean over them; a phase's first and last iteration always have one.
     log_interval: int = 10
+    # Log tokens and model TFLOP a second of one GPU, and peak memory.
+    log_throughput: bool = False
+    # Time the iteration (0), the updates of each role and what they end with (1), each pass of each role (2).
+    timing_log_level: Literal[0, 1, 2] = 0
     # Write TensorBoard events to the run folder.
     tensorboard: bool = True
+    # Log to this project of Weights & Biases too.
+    wandb_project: str = ""
+    # Name of the run there; the name of the --save folder where not given.
+    wandb_exp_name: str = ""
+    # Folder for the files that wandb keeps; the --save folder where not given.
+    wandb_save_dir: Path | None = None
     # Iterations between sample sheets; 0 draws one at the end of each phase.
     sample_interval: int = 0
     # Prompts on a sample sheet; 0 draws no sheets.
