@@ -23,6 +23,7 @@ from megatron_pdmd.errors import require_space
 from megatron_pdmd.parallel.agreement import together
 from megatron_pdmd.parallel.patience import new_patient_group
 from megatron_pdmd.parallel.topology import current_topology
+from megatron_pdmd.training.interval import Sums
 from megatron_pdmd.training.sharded_state import Shard, with_prefix
 from megatron_pdmd.training.torch_dist import read_index, read_shards, write_shards
 
@@ -70,6 +71,7 @@ class Manifest:
         models: the network's shape for each of the teacher's experts, by the config's fields.
         layout: ranks along each axis that wrote it; for the reader's information.
         open_updates: what was to be logged of each fake update that was done of an unfinished iteration.
+        log_interval_sums: what the next log entry's means have summed up; see `training.interval`.
     """
 
     progress: Progress
@@ -78,6 +80,7 @@ class Manifest:
     models: dict[str, dict[str, Any]] = field(default_factory=dict)
     layout: dict[str, int] = field(default_factory=dict)
     open_updates: list[dict[str, float]] = field(default_factory=list)
+    log_interval_sums: Sums = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -324,14 +327,14 @@ def _read_manifest(checkpoint: Path) -> Manifest:
         raise ValueError(f"{checkpoint}: format version {version}; this program reads version {FORMAT_VERSION}")
     if version != FORMAT_VERSION or not _is_manifest(content):
         raise ValueError(f"{path}: not a checkpoint's manifest; resume from another checkpoint")
-    values = {name: content[name] for name in ("optimizer_steps", "seed", "models", "layout", "open_updates")}
-    return Manifest(progress=Progress(**content["progress"]), **values)
+    names = ("optimizer_steps", "seed", "models", "layout", "open_updates", "log_interval_sums")
+    return Manifest(progress=Progress(**content["progress"]), **{name: content[name] for name in names})
 
 
 def _is_manifest(content: dict[str, Any]) -> bool:
     progress, types = content.get("progress"), {one.name: one.type for one in fields(Progress)}
-    names = ("optimizer_steps", "models", "layout", "open_updates")
-    steps, models, layout, updates = (content.get(name) for name in names)
+    names = ("optimizer_steps", "models", "layout", "open_updates", "log_interval_sums")
+    steps, models, layout, updates, sums = (content.get(name) for name in names)
     return (
         isinstance(progress, dict)
         and {name: type(value) for name, value in progress.items()} == types
@@ -344,4 +347,6 @@ def _is_manifest(content: dict[str, Any]) -> bool:
         and isinstance(updates, list)
         and all(isinstance(update, dict) for update in updates)
         and all(type(number) in (int, float) for update in updates for number in update.values())
+        and isinstance(sums, dict)
+        and all(isinstance(pair, list) and [type(x) for x in pair] == [float, float] for pair in sums.values())
     )
