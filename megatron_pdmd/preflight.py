@@ -25,6 +25,7 @@ from megatron_pdmd.models.wan import WanConfig, check_layout
 from megatron_pdmd.parallel.topology import check_sizes
 from megatron_pdmd.training.phase import fitting_ranks
 from megatron_pdmd.training.run_folder import check_run_folder
+from megatron_pdmd.training.wandb_log import check_wandb
 from pdmd_kernels import available_backends
 
 
@@ -70,6 +71,7 @@ def check(config: Config) -> Plan:
     if config.evaluation.eval_prompts:
         with naming_flag("--eval-prompts"):
             _check_prompts(config.evaluation.eval_prompts, config.data, source)
+    check_wandb(config.logging)
     _check_kernel_backend(config.model.kernel_backend)
     _check_task_folder(config.evaluation)
     if config.evaluation.task == "moving_digits":

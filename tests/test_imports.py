@@ -31,6 +31,7 @@ ONE_FILE_EACH = {
     "apex": {"megatron_pdmd/training/optimizer.py"},
     "flash_attn": {"megatron_pdmd/models/layers/flash_attention.py"},
     "transformers": {"megatron_pdmd/data/text_encoder.py"},
+    "wandb": {"megatron_pdmd/training/wandb_log.py"},
 }
 
 

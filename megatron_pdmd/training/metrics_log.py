@@ -1,4 +1,4 @@
-"""What a run tells: Megatron's log line, metrics.jsonl and TensorBoard."""
+"""What a run tells: Megatron's log line, metrics.jsonl, TensorBoard and, where asked for, Weights & Biases."""
 
 import json
 import math
@@ -10,23 +10,33 @@ from pathlib import Path
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_pdmd.distillation.step import is_binned
+from megatron_pdmd.training.wandb_log import WandbLog
+
+# Names in the line of what --log-throughput measures.
+_THROUGHPUT = {
+    "tflops_per_gpu": "throughput per GPU (TFLOP/s/GPU)",
+    "tokens_per_second_per_gpu": "tokens per second per GPU",
+    "peak_memory_gb": "peak memory (GB)",
+}
 
 
 @dataclass
 class MetricsLog:
-    """Writes the metrics of logged iterations. Only one rank has one.
+    """Writes log entries, each the mean over the iterations since the last one. Only one rank has one.
 
     Attributes:
         folder: the run's folder.
         total: iterations of the whole run.
         first: iteration the launch starts after.
         tensorboard: whether to write TensorBoard events.
+        wandb: where entries go too, if anywhere.
     """
 
     folder: Path
     total: int
     first: int
     tensorboard: bool
+    wandb: WandbLog | None = None
     _writer: SummaryWriter | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -34,18 +44,20 @@ class MetricsLog:
             self._writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.first + 1)
 
     def write(self, entry: Mapping[str, float | int]) -> None:
-        """Logs one iteration; a number that is not finite is null in metrics.jsonl, for JSON has none.
+        """Logs one entry; a number that is not finite is null in metrics.jsonl, for JSON has none.
 
         Args:
-            entry: `iteration`, `phase`, `consumed_samples`, `milliseconds`, `learning_rate`, `global_batch_size`,
-                `skipped_updates`, and any losses and gradient norms.
+            entry: `iteration`, `phase`, `consumed_samples`, `milliseconds`, `learning_rate`, `fake_learning_rate`,
+                `global_batch_size`, `skipped_updates`, any losses and gradient norms, and what `Instruments` measured.
         """
         self._append("metrics.jsonl", entry)
         if self._writer:
             for name, value in entry.items():
                 if name != "iteration":
                     self._writer.add_scalar(name, value, entry["iteration"])
-        print(self.line(entry), flush=True)
+        if self.wandb:
+            self.wandb.write(entry)
+        print("\n".join([self.line(entry), *timer_lines(entry)]), flush=True)
 
     def line(self, entry: Mapping[str, float | int]) -> str:
         """Megatron's log line, with the phase after the iteration."""
@@ -54,7 +66,9 @@ class MetricsLog:
             f"phase: {entry['phase']}",
             f"consumed samples: {entry['consumed_samples']:12d}",
             f"elapsed time per iteration (ms): {entry['milliseconds']:.1f}",
+            *(f"{title}: {entry[name]:.4g}" for name, title in _THROUGHPUT.items() if name in entry),
             f"learning rate: {entry['learning_rate']:.6E}",
+            f"fake learning rate: {entry['fake_learning_rate']:.6E}",
             f"global batch size: {entry['global_batch_size']:5d}",
         ]
         for name, value in entry.items():
@@ -86,3 +100,16 @@ class MetricsLog:
     def close(self) -> None:
         if self._writer:
             self._writer.close()
+        if self.wandb:
+            self.wandb.close()
+
+
+def timer_lines(entry: Mapping[str, float | int]) -> list[str]:
+    """Megatron's second line: the timers' milliseconds an iteration, each with its slowest rank; none without any."""
+    parts = []
+    for name, value in entry.items():
+        timer = name.removesuffix("_milliseconds")
+        if timer != name:
+            rank = f" (rank {entry[f'{timer}_slowest_rank']})" if f"{timer}_slowest_rank" in entry else ""
+            parts.append(f"{timer.replace('_', ' ')}: {value:.1f}{rank}")
+    return [" times of the slowest rank (ms): " + " | ".join(parts) + " |"] if parts else []

@@ -16,6 +16,7 @@ def entry(iteration: int, **changes) -> dict[str, float | int]:
         "consumed_samples": 16 * iteration,
         "milliseconds": 12.34,
         "learning_rate": 5e-5,
+        "fake_learning_rate": 4e-7,
         "global_batch_size": 16,
         "skipped_updates": 1,
         "fake_loss": 0.25,
@@ -34,12 +35,28 @@ def test_the_line_is_megatrons(tmp_path, capsys):
         "consumed samples:          112",
         "elapsed time per iteration (ms): 12.3",
         "learning rate: 5.000000E-05",
+        "fake learning rate: 4.000000E-07",
         "global batch size:    16",
         "fake loss: 2.500000E-01",
         "generator grad norm: 1.500000E+00",
         "number of skipped updates:   1 |",
     ]
     assert not (tmp_path / "tensorboard").exists()
+
+
+def test_throughput_stands_after_the_time_and_timers_on_a_line_of_their_own(tmp_path, capsys):
+    log = MetricsLog(tmp_path, total=180, first=0, tensorboard=False)
+    throughput = {"tflops_per_gpu": 412.3456, "tokens_per_second_per_gpu": 1234.56, "peak_memory_gb": 71.25}
+    timers = {"iteration_milliseconds": 13.0, "iteration_slowest_rank": 3, "teacher_pass_milliseconds": 4.26}
+    log.write(entry(7, **throughput, **timers))
+    line, times = capsys.readouterr().out.splitlines()
+    assert line.split(" | ")[3:7] == [
+        "elapsed time per iteration (ms): 12.3",
+        "throughput per GPU (TFLOP/s/GPU): 412.3",
+        "tokens per second per GPU: 1235",
+        "peak memory (GB): 71.25",
+    ]
+    assert times == " times of the slowest rank (ms): iteration: 13.0 (rank 3) | teacher pass: 4.3 |"
 
 
 def test_entries_are_appended_as_strict_json(tmp_path):
