@@ -7,8 +7,9 @@ is, and whoever drives the programs says when and where each pass runs: `walk` r
 
 import math
 import re
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Generator as Coroutine
-from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -246,13 +247,19 @@ def guidance_scale(method: MethodConfig, expert: str) -> float:
     return method.guidance_scale[-1 if expert == "high_noise" else 0]
 
 
-def walk(program: Program, roles: Roles, share: float = 1.0) -> Metrics:
+def walk(
+    program: Program,
+    roles: Roles,
+    share: float = 1.0,
+    around: Callable[[Pass | Backward], AbstractContextManager[None]] = lambda request: nullcontext(),
+) -> Metrics:
     """Runs a program's passes in order on this rank and returns its numbers.
 
     Args:
         program: one micro-batch's part of an update.
         roles: who answers its passes.
         share: what the micro-batch counts in the update's mean; its gradients are multiplied by it.
+        around: each request is answered inside of what this gives for it; for who measures.
     """
     reply = None
     while True:
@@ -260,9 +267,10 @@ def walk(program: Program, roles: Roles, share: float = 1.0) -> Metrics:
             request = program.send(reply)
         except StopIteration as finished:
             return finished.value
-        if isinstance(request, Pass):
-            reply = roles.run(request)
-        else:
-            gradient = torch.ones_like(request.output) if request.gradient is None else request.gradient
-            request.output.backward(share * gradient)
-            reply = None
+        with around(request):
+            if isinstance(request, Pass):
+                reply = roles.run(request)
+            else:
+                gradient = torch.ones_like(request.output) if request.gradient is None else request.gradient
+                request.output.backward(share * gradient)
+                reply = None

@@ -2,7 +2,7 @@
 
 Only matrix products count, 2 for each product and sum of two numbers. Padding is left out, and so is what recomputation
 or a fused attention's backward pass computes again. With S tokens, L text tokens, width d, feed-forward width f and n
-blocks, a forward pass of one sample needs, for patches of p numbers in and q out, text of D and sinusoids of w channels,
+blocks, patches of p numbers in and q out, text of D and sinusoids of w channels, a forward pass of one sample needs
 
 - embeddings and head: 2 S d (p + q) + 2 L d (D + d) + 2 d (w + d) + 12 d^2;
 - a block: self-attention 8 S d^2 + 4 S^2 d, cross-attention 4 (S + L) d^2 + 4 S L d, feed-forward 4 S d f;

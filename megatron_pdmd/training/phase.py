@@ -13,9 +13,11 @@ from megatron_pdmd.distillation.step import GENERATOR_UPDATE, Iteration, MicroBa
 from megatron_pdmd.parallel.data_parallel import data_parallel, no_sync, release_data_parallel
 from megatron_pdmd.parallel.topology import Topology
 from megatron_pdmd.training.checkpointing import Checkpoint
+from megatron_pdmd.training.instruments import Instruments
+from megatron_pdmd.training.learning_rate import LearningRateSchedule
 from megatron_pdmd.training.networks import Networks, network_state
 from megatron_pdmd.training.optimizer import RoleOptimizer, build_optimizer
-from megatron_pdmd.training.sharded_state import Shard, with_prefix
+from megatron_pdmd.training.sharded_state import Shard, parameter_shard, with_prefix
 
 Metrics = dict[str, float]
 
@@ -57,16 +59,28 @@ class TrainedNetwork:
 
 
 class PhaseTrainer:
-    """Runs the iterations of one phase."""
+    """Runs the iterations of one phase.
+
+    Attributes:
+        index: the phase's, 1-based.
+        learning_rates: `learning_rate` of the generator and `fake_learning_rate`, in the last iteration run.
+    """
 
     def __init__(
-        self, config: Config, iteration: Iteration, networks: Networks, prompts: PromptEmbeddings, topology: Topology
+        self,
+        config: Config,
+        iteration: Iteration,
+        networks: Networks,
+        prompts: PromptEmbeddings,
+        topology: Topology,
+        instruments: Instruments | None = None,
     ):
         self._config = config
         self._iteration = iteration
         self._networks = networks
         self._prompts = prompts
         self._topology = topology
+        self._instruments = instruments or Instruments(config.logging, topology)
         self.index = iteration.phase.index
         networks.start_training(self.index)
         self._roles = networks.roles(self.index)
@@ -75,6 +89,10 @@ class PhaseTrainer:
         self._fake_score: Mapping[str, TrainedNetwork] = {
             expert: wrap(module) for expert, module in networks.fake_score.items()
         }
+        options, iterations = config.optimizer, config.training.iterations_of(self.index)
+        self._generator_rates = LearningRateSchedule.of("generator", options, iterations)
+        self._fake_rates = LearningRateSchedule.of("fake_score", options, iterations)
+        self.learning_rates: dict[str, float] = {}
 
     def run_iteration(
         self, index: int, logged: list[Metrics] | None = None, pause: Callable[[], bool] = lambda: False
@@ -94,19 +112,39 @@ class PhaseTrainer:
         method, counter = self._config.method, Counter(self._config.training.seed, self.index, index, GENERATOR_UPDATE)
         updates = method.fake_updates + (method.fake_warmup if index == 0 else 0)
         logged = [] if logged is None else logged
+        self._start_iteration(index, len(logged), updates + 1)
         for update in range(len(logged), updates):
             own = counter.at(update=update)
             network = self._fake_score[self._iteration.expert(own)]
-            logged.append(self._update("fake", network, self._iteration.fake_update, own))
+            with self._instruments.update("fake"):
+                logged.append(self._update("fake", network, self._iteration.fake_update, own))
             if pause():
                 return None
         fake = {name: math.fsum(entry[name] for entry in logged) / updates for name in logged[0]}
-        generator = self._update("generator", self._generator, self._iteration.generator_update, counter)
+        with self._instruments.update("generator"):
+            generator = self._update("generator", self._generator, self._iteration.generator_update, counter)
         if not generator["skipped_updates"]:
             self._generator.optimizer.finish_param_gather()
             self._networks.update_average(self.index)
         skipped = sum(entry["skipped_updates"] for entry in logged) + generator["skipped_updates"]
         return fake | generator | {"skipped_updates": skipped}
+
+    def _start_iteration(self, index: int, done: int, updates: int) -> None:
+        """Sets both learning rates, and shows how far the iteration is."""
+        rate, fake_rate = self._generator_rates.at(index), self._fake_rates.at(index)
+        self._generator.optimizer.set_lr(rate)
+        for network in self._fake_score.values():
+            network.optimizer.set_lr(fake_rate)
+        self.learning_rates = {"learning_rate": rate, "fake_learning_rate": fake_rate}
+        self._instruments.bar.begin(f"phase {self.index}, iteration {index + 1}", done, updates)
+
+    def trained_parameters(self) -> dict[str, int]:
+        """How many numbers of each network learn, over all ranks that share it."""
+        counts = {}
+        for name, network in self._trained().items():
+            learning = ((key, p) for key, p in network.module.named_parameters() if p.requires_grad)
+            counts[name] = sum(math.prod(parameter_shard(key, p).shape) for key, p in learning)
+        return counts
 
     def state(self) -> dict[str, dict[str, Shard]]:
         """Weights of what learns in this phase and states of the optimizers, for a checkpoint to write.
@@ -168,10 +206,11 @@ class PhaseTrainer:
         self, role: str, network: TrainedNetwork, program: Callable[[Counter, MicroBatch], Program], counter: Counter
     ) -> Metrics:
         """One optimizer update over the global batch, or none, on all ranks, if a loss or the norm is not finite."""
-        batches = self._micro_batches(counter)
+        batches, instruments = self._micro_batches(counter), self._instruments
         runs = [functools.partial(self._run, program, counter, batch, 1 / len(batches)) for batch in batches]
         results = network.accumulate(runs)
-        norm = network.optimizer.gradient_norm()
+        with instruments.part("sync"):
+            norm = network.optimizer.gradient_norm()
         values = torch.stack([torch.stack([result[name] for result in results]).mean() for name in results[0]])
         if self._topology.data > 1:
             torch.distributed.all_reduce(values, group=self._topology.groups.dp)
@@ -179,13 +218,15 @@ class PhaseTrainer:
         metrics = dict(zip(results[0], values.tolist(), strict=True)) | {f"{role}_grad_norm": norm.item()}
         finite = all(math.isfinite(value) for value in metrics.values())
         if finite:
-            network.optimizer.step(norm)
+            with instruments.part("optimizer"):
+                network.optimizer.step(norm)
         return quotients(metrics) | {"skipped_updates": int(not finite)}
 
     def _run(
         self, program: Callable[[Counter, MicroBatch], Program], counter: Counter, batch: MicroBatch, share: float
     ) -> dict[str, torch.Tensor]:
-        return walk(program(counter, batch), self._roles, share)
+        around = functools.partial(self._instruments.request, self._roles)
+        return walk(program(counter, batch), self._roles, share, around)
 
     def _micro_batches(self, counter: Counter) -> list[MicroBatch]:
         """This rank's share of the global batch: consecutive samples, cut into micro-batches."""

@@ -36,10 +36,10 @@ class ProgressBar:
             yield
         self._progress = None
 
-    def begin(self, label: str, parts: int) -> None:
-        """Starts anew, with so many parts to come."""
+    def begin(self, label: str, done: int, parts: int) -> None:
+        """Starts anew, with so many parts of which some are done already."""
         self._label = label
-        self._update(description=label, total=parts, completed=0)
+        self._update(description=label, total=parts, completed=done)
 
     def say(self, doing: str) -> None:
         """Names what is being done now."""

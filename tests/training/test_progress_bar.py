@@ -11,11 +11,11 @@ from megatron_pdmd.training.progress_bar import ProgressBar
 
 
 def drawn(rank: int, *, terminal: bool) -> str:
-    """What an iteration of three updates draws."""
+    """What an iteration of four updates draws."""
     screen = io.StringIO()
     bar = ProgressBar(rank, Console(file=screen, force_terminal=terminal, width=120))
     with bar.shown():
-        bar.begin("phase 1, iteration 7", 3)
+        bar.begin("phase 1, iteration 7", 1, 4)
         for update in range(2):
             bar.say(f"update {update}")
             bar.advance()
@@ -25,7 +25,7 @@ def drawn(rank: int, *, terminal: bool) -> str:
 
 def test_the_line_names_the_iteration_what_is_done_and_how_far_it_is():
     shown = drawn(0, terminal=True)
-    assert "phase 1, iteration 7, update 1" in shown and "2/3" in shown
+    assert "phase 1, iteration 7, update 1" in shown and "3/4" in shown
     assert "nothing is drawn" not in shown
 
 
