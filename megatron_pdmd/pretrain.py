@@ -10,7 +10,7 @@ import sys
 
 import torch
 
-from megatron_pdmd.arguments import parse_arguments
+from megatron_pdmd.arguments import parse_arguments, to_plain
 from megatron_pdmd.config import Config, ParallelConfig
 from megatron_pdmd.data.prompts import PromptEmbeddings, load_prompts, naming_flag
 from megatron_pdmd.errors import NoSpaceError, user_errors
@@ -18,12 +18,14 @@ from megatron_pdmd.models import from_hf
 from megatron_pdmd.parallel.agreement import together
 from megatron_pdmd.parallel.topology import Topology, destroy_topology, initialize_topology
 from megatron_pdmd.preflight import Plan, prepare
+from megatron_pdmd.training.announcements import layout_line, resume_line, tell
 from megatron_pdmd.training.checkpointing import CheckpointError, latest_checkpoint
 from megatron_pdmd.training.networks import Networks
 from megatron_pdmd.training.outcome import evaluate_moving_digits, export_run, phase_summaries, write_summary
 from megatron_pdmd.training.phase import check_batch
 from megatron_pdmd.training.run_folder import claim_run_folder, cut_metrics
 from megatron_pdmd.training.trainer import Start, Trainer
+from megatron_pdmd.training.wandb_log import WandbLog
 from pdmd_kernels import use_backend
 
 STOPPED_ON_REQUEST = 3
@@ -52,16 +54,21 @@ def run(plan: Plan) -> int:
     with user_errors():
         topology = start_topology(plan.config.parallel)
         check_batch(plan.config, topology.data)
+        tell(topology, layout_line(topology))
         with together():
             start = find_start(plan.config)
             networks, trainer = build(plan, topology)
         trainer.restore(start)
+        wandb = None
         if topology.rank == 0:
             claim_run_folder(plan.config)
             for name in ("metrics.jsonl", "evaluations.jsonl"):
                 cut_metrics(plan.config.checkpoint.save / name, trainer.progress.iteration)
+            wandb = open_wandb(plan.config)
+        if start and not start.finetune:
+            tell(topology, resume_line(start.checkpoint, trainer.position))
     with user_errors(NoSpaceError), user_errors(CheckpointError):
-        reason = trainer.run()
+        reason = trainer.run(wandb)
         if trainer.finished:
             reason = None
             finish(plan, topology, networks, trainer)
@@ -86,6 +93,16 @@ def start_topology(options: ParallelConfig) -> Topology:
     )
 
 
+def open_wandb(config: Config) -> WandbLog | None:
+    """The run at Weights & Biases, where `--wandb-project` asks for one.
+
+    Raises:
+        ValueError: wandb refuses.
+    """
+    options = config.logging
+    return WandbLog(options, config.checkpoint.save, to_plain(config)) if options.wandb_project else None
+
+
 def find_start(config: Config) -> Start | None:
     """Where to go on from: the run's own last checkpoint, else that of `--load`.
 
@@ -106,7 +123,10 @@ def find_start(config: Config) -> Start | None:
 
 def build(plan: Plan, topology: Topology) -> tuple[Networks, Trainer]:
     """Loads prompts and teacher and makes the trainer."""
-    prompts, networks = load_run_prompts(plan), load_networks(plan, topology)
+    prompts = load_run_prompts(plan)
+    tell(topology, f"prompts: {len(prompts)} of {plan.config.data.prompts}")
+    tell(topology, f"loading the teacher {plan.source.path}: {', '.join(plan.source.experts)}")
+    networks = load_networks(plan, topology)
     trainer = Trainer(
         plan.config,
         topology,

@@ -39,13 +39,14 @@ class Instruments:
         self._role = ""
         self._iterations = 0
         self._seconds = 0.0
+        self._aside = 0.0
 
     @contextmanager
     def iteration(self) -> Iterator[None]:
-        """Around an iteration."""
-        started = time.perf_counter()
+        """Around an iteration; what `between` does meanwhile, such as saving after one of its updates, is no part."""
+        started, self._aside = time.perf_counter(), 0.0
         yield
-        self._seconds += time.perf_counter() - started
+        self._seconds += time.perf_counter() - started - self._aside
         self._iterations += 1
         self._timers.collect()
 
@@ -71,12 +72,14 @@ class Instruments:
 
     @contextmanager
     def between(self, name: str, iteration: int) -> Iterator[None]:
-        """Around what is done after an iteration, saving or drawing; from level 1 on rank 0 tells how long it took."""
+        """Around what is done between updates, saving or drawing; from level 1 on rank 0 tells how long it took."""
         self.bar.say(name)
         started = time.perf_counter()
         yield
+        seconds = time.perf_counter() - started
+        self._aside += seconds
         if self._level and self._topology.rank == 0:
-            print(f"iteration {iteration}: {name} took {(time.perf_counter() - started) * 1000:.1f} ms", flush=True)
+            print(f"iteration {iteration}: {name} took {seconds * 1000:.1f} ms", flush=True)
 
     def take(self) -> dict[str, float]:
         """What a log entry says of the iterations since the last one. Collective over all ranks; begins anew.

@@ -12,6 +12,7 @@ from megatron_pdmd.diffusion.phases import Phase, PhasePlan
 from megatron_pdmd.distillation.randomness import Counter
 from megatron_pdmd.distillation.step import Iteration, is_binned
 from megatron_pdmd.parallel.topology import Topology
+from megatron_pdmd.training.announcements import phase_line, tell
 from megatron_pdmd.training.checkpointing import (
     Checkpoint,
     CheckpointError,
@@ -20,6 +21,8 @@ from megatron_pdmd.training.checkpointing import (
     Progress,
     check_models,
 )
+from megatron_pdmd.training.instruments import Instruments
+from megatron_pdmd.training.interval import IntervalMeans, closes_interval
 from megatron_pdmd.training.metrics_log import MetricsLog
 from megatron_pdmd.training.networks import Networks
 from megatron_pdmd.training.phase import Metrics, PhaseTrainer
@@ -27,6 +30,7 @@ from megatron_pdmd.training.sampling import SAMPLING_PHASE, Sampler
 from megatron_pdmd.training.sharded_state import Shard
 from megatron_pdmd.training.stopping import StopRequest
 from megatron_pdmd.training.validation import Validation
+from megatron_pdmd.training.wandb_log import WandbLog
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,8 @@ class Trainer:
         self._latent_shape = latent_shape
         self._eval_prompts = eval_prompts or prompts
         self._validation = Validation(config)
+        self._means = IntervalMeans()
+        self._instruments = Instruments(config.logging, topology)
         self._done_here = 0
         self._open_updates: list[Metrics] = []
         self._clock = time.monotonic()
@@ -79,8 +85,7 @@ class Trainer:
 
     def phase_iterations(self, phase: int) -> int:
         """Iterations of a phase, by its 1-based index."""
-        counts = self._config.training.train_iters
-        return counts[0] if len(counts) == 1 else counts[phase - 1]
+        return self._config.training.iterations_of(phase)
 
     def restore(self, start: Start | None) -> None:
         """Takes up a run where a checkpoint left it, or at its start. Called on all ranks.
@@ -94,6 +99,7 @@ class Trainer:
         if start and not start.finetune:
             self.progress, saved = start.checkpoint.progress, start.checkpoint.manifest
             self._open_updates = list(saved.open_updates)
+            self._means = IntervalMeans(saved.log_interval_sums)
             if saved.seed != self._config.training.seed:
                 raise CheckpointError(
                     f"--seed {self._config.training.seed}: {start.checkpoint.folder} was saved with --seed {saved.seed}"
@@ -109,8 +115,11 @@ class Trainer:
                 self._networks.add_expert(phase.index, phase.expert)
                 self._load_expert(phase, start.checkpoint)
 
-    def run(self) -> str | None:
+    def run(self, wandb: WandbLog | None = None) -> str | None:
         """Trains what is left of the run.
+
+        Args:
+            wandb: where log entries go too; on rank 0.
 
         Returns:
             Why it was stopped on request after saving, or None when every asked phase is done.
@@ -123,9 +132,9 @@ class Trainer:
         log = None
         if self._topology.rank == 0:
             logging = self._config.logging
-            log = MetricsLog(options.save, total, self.progress.iteration, logging.tensorboard)
+            log = MetricsLog(options.save, total, self.progress.iteration, logging.tensorboard, wandb)
         stop = StopRequest(self._config.training, options)
-        with stop.on_signals():
+        with stop.on_signals(), self._instruments.bar.shown():
             for phase in self._plan.phases:
                 if self._phase_is_done(phase.index):
                     continue
@@ -137,7 +146,8 @@ class Trainer:
                 self._clock = time.monotonic()
                 self._train_phase(phase, writer, log, stop)
                 if not stop.reason:  # when the phase's memory is free again, and its weights are saved
-                    self._validation.sheets.draw(self._fixed_sampler(), self.progress.iteration)
+                    with self._instruments.between("sheet", self.progress.iteration):
+                        self._validation.sheets.draw(self._fixed_sampler(), self.progress.iteration)
                 self._count_time()
                 if stop.reason:
                     break
@@ -183,12 +193,14 @@ class Trainer:
         self._networks.start_phase(phase.index, phase.expert, iteration.experts())
         trainer = self._phase_trainer(phase, iteration)
         count, every = self.phase_iterations(phase.index), self._config.checkpoint.save_interval
+        tell(self._topology, phase_line(self._plan, phase, self.progress, count, trainer.trained_parameters()))
 
         def between_updates(save: bool = False) -> bool:
             stop.agree(self._done_here)
             if save or stop.reason or stop.save_is_due:
                 self._count_time()
-                writer.save(self._manifest(trainer.optimizer_steps()), self._states(trainer))
+                with self._instruments.between("save", self.progress.iteration):
+                    writer.save(self._manifest(trainer.optimizer_steps()), self._states(trainer))
                 stop.saved()
             return stop.reason is not None
 
@@ -205,8 +217,8 @@ class Trainer:
         self, trainer: PhaseTrainer, log: MetricsLog | None, between_updates: Callable[[], bool]
     ) -> bool:
         """What is left of an iteration; whether it was finished and not stopped between two updates."""
-        started = time.perf_counter()
-        metrics = trainer.run_iteration(self.progress.phase_iteration, self._open_updates, between_updates)
+        with self._instruments.iteration():
+            metrics = trainer.run_iteration(self.progress.phase_iteration, self._open_updates, between_updates)
         if metrics is None:
             return False
         self._open_updates = []
@@ -225,18 +237,26 @@ class Trainer:
             wrong = (name for name, value in metrics.items() if not (math.isfinite(value) or is_binned(name)))
             names = ", ".join(wrong)
             print(f"iteration {self.progress.iteration}: {skipped} update skipped on all ranks, not finite: {names}")
-        if log and self.progress.iteration % self._config.logging.log_interval == 0:
-            entry = {
-                "iteration": self.progress.iteration,
-                "phase": trainer.index,
-                "consumed_samples": self.progress.consumed_samples,
-                "milliseconds": (time.perf_counter() - started) * 1000,
-                "learning_rate": self._config.optimizer.lr,
-                "global_batch_size": size,
-                "skipped_updates": self.progress.skipped_updates,
-            }
-            log.write(entry | metrics)
+        self._means.add(metrics)
+        self._log(trainer, log)
         return True
+
+    def _log(self, trainer: PhaseTrainer, log: MetricsLog | None) -> None:
+        """Writes an entry of the iterations since the last one, if one is due."""
+        progress, options = self.progress, self._config
+        count = self.phase_iterations(trainer.index)
+        if not closes_interval(progress.iteration, progress.phase_iteration, count, options.logging.log_interval):
+            return
+        measured, means = self._instruments.take(), self._means.take()
+        if log:
+            entry = {
+                "iteration": progress.iteration,
+                "phase": trainer.index,
+                "consumed_samples": progress.consumed_samples,
+                "global_batch_size": options.training.global_batch_size,
+                "skipped_updates": progress.skipped_updates,
+            }
+            log.write(entry | trainer.learning_rates | measured | means)
 
     def _count_time(self) -> None:
         now = time.monotonic()
@@ -249,7 +269,9 @@ class Trainer:
         saved_phase = start.checkpoint.progress.phase if start else 0
         if phase.index == saved_phase or (start and start.finetune and name in start.checkpoint.states):
             self._load_expert(phase, start.checkpoint)
-        trainer = PhaseTrainer(self._config, iteration, self._networks, self._prompts, self._topology)
+        trainer = PhaseTrainer(
+            self._config, iteration, self._networks, self._prompts, self._topology, self._instruments
+        )
         if phase.index == saved_phase:
             trainer.load_state(start.checkpoint, optimizers=start.optimizers and not start.finetune)
         return trainer
@@ -271,6 +293,7 @@ class Trainer:
             models={expert: asdict(model.config) for expert, model in self._networks.teacher.items()},
             layout={"tensor": topology.tensor, "context": topology.context, "data": topology.data},
             open_updates=list(self._open_updates),
+            log_interval_sums=self._means.sums,
         )
 
     def _fixed_sampler(self) -> Sampler:
@@ -282,9 +305,11 @@ class Trainer:
         number, options = self.progress.iteration, self._config
         every, phase = options.logging.sample_interval, iteration.phase.index
         if options.evaluation.eval_interval and number % options.evaluation.eval_interval == 0:
-            found = self._validation.evaluate(self._fixed_sampler(), iteration, number, draw=not last)
-            movement = self._networks.movement(phase).item()
+            with self._instruments.between("evaluation", number):
+                found = self._validation.evaluate(self._fixed_sampler(), iteration, number, draw=not last)
+                movement = self._networks.movement(phase).item()
             if log:
                 log.write_evaluation({"iteration": number, "phase": phase, "generator_movement": movement} | found)
         elif every and number % every == 0 and not last:
-            self._validation.sheets.draw(self._fixed_sampler(), number)
+            with self._instruments.between("sheet", number):
+                self._validation.sheets.draw(self._fixed_sampler(), number)

@@ -1,9 +1,11 @@
 """Whole runs: stopped, killed, split and shared between ranks, they are the uninterrupted run of one rank."""
 
 import contextlib
+import functools
 import io
 import json
 import math
+import operator
 import os
 import shutil
 import signal
@@ -128,6 +130,84 @@ def test_a_run_stopped_on_request_saves_exits_with_3_and_goes_on_to_the_bit(fini
     assert_same_run(run, finished(*PLAIN))
 
 
+def numbers_of(rows: list[dict]) -> list[dict]:
+    """The numbers of some rows that are means."""
+    names = ("fake_loss", "fake_grad_norm", "dmd_gradient", "score_gap", "generator_grad_norm")
+    return [{name: row[name] for name in names} for row in rows]
+
+
+def mean(rows: list[dict]) -> dict:
+    """The mean of every number, added up in the rows' order."""
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    return {name: functools.reduce(operator.add, column) / len(column) for name, column in columns.items()}
+
+
+LONGER = (*PLAIN, "--train-iters", "6,3")
+
+
+def test_an_entry_is_the_mean_since_the_last_one_and_of_one_phase(finished):
+    each = numbers_of(logged(finished(*LONGER)))
+    rows = logged(finished(*LONGER, "--log-interval", "4"))
+    assert [row["iteration"] for row in rows] == [1, 4, 6, 7, 8, 9]
+    assert numbers_of(rows) == [each[0], mean(each[1:4]), mean(each[4:6]), *each[6:9]]
+
+
+@pytest.mark.parametrize("interval", ["2", "4", "100"])
+def test_a_run_stopped_between_two_entries_writes_those_of_the_whole_one(interval, finished, launch, tmp_path):
+    """To the bit, after a stop at every iteration."""
+    flags, run = (*LONGER, "--log-interval", interval), tmp_path / "run"
+    for _ in range(8):
+        assert launch(run, *flags, "--exit-interval", "1") == 3
+    assert launch(run, *flags) == 0
+    assert_same_run(run, finished(*flags))
+
+
+def test_a_run_killed_between_two_entries_writes_those_of_the_whole_one(finished, launch, in_child, tmp_path):
+    """It goes on from the checkpoint at iteration 2, with the sums that were saved there."""
+
+    def killed() -> None:
+        with after_iteration(1, 3, lambda: os.kill(os.getpid(), signal.SIGKILL)):
+            launch(tmp_path / "run", *flags)
+
+    flags = (*LONGER, "--log-interval", "5")
+    assert in_child(killed) == -signal.SIGKILL
+    assert progress(tmp_path / "run")[0] == 2
+    assert launch(tmp_path / "run", *flags) == 0
+    assert_same_run(tmp_path / "run", finished(*flags))
+
+
+def test_without_clipping_a_run_is_the_one_whose_limit_is_never_met(finished):
+    assert_same_run(finished(*PLAIN, "--clip-grad", "0"), finished(*PLAIN, "--clip-grad", "1e9"))
+    assert logged(finished(*PLAIN, "--clip-grad", "0")) != logged(finished(*PLAIN, "--clip-grad", "1e-3"))
+
+
+def test_a_run_says_what_it_loads_and_trains_once_and_where_it_goes_on(
+    launch, pipeline, encoded_prompts, teachers, tmp_path, capsys
+):
+    def told() -> list[str]:
+        return [line for line in capsys.readouterr().out.splitlines() if not line.startswith(" [")]
+
+    run = tmp_path / "run"
+    assert launch(run, "--exit-interval", "2") == 3
+    first = told()
+    assert first[:3] == [
+        "1 rank on cpu over gloo: tensor 1 x context 1 x data 1",
+        f"prompts: 6 of {encoded_prompts}",
+        f"loading the teacher {pipeline}: high_noise, low_noise",
+    ]
+    assert first[3].startswith("phase 1 of 2 (high_noise) begins: 3 iterations, sampling steps at t = 1.000, 0.900,")
+    fake = sum(p.numel() for p in teachers["high_noise"].parameters())
+    adapted = 4 * (8 * (24 + 24) + 2 * (24 + 32))  # rank times inputs and outputs of a block's linears
+    assert first[3].endswith(f"trained parameters: generator {adapted:,}, fake_score_high_noise {fake:,}")
+    assert launch(run) == 0
+    again = told()
+    assert again[:3] == first[:3]
+    assert f"going on from {run / 'checkpoints' / 'iter_0000002'}, after iteration 2" in again
+    phases = [line for line in again if line.startswith("phase ")]
+    assert "goes on after iteration 2" in phases[0] and "phase 2 of 2 (low_noise) begins" in phases[1]
+    assert len(phases) == 2
+
+
 def test_phases_trained_one_by_one_are_the_run_of_both(finished, launch, tmp_path, capsys):
     run = tmp_path / "run"
     with pytest.raises(SystemExit) as stop:
@@ -238,7 +318,7 @@ def test_a_damaged_checkpoint_ends_the_run_in_one_line(finished, launch, tmp_pat
 
 def launch_once(launch, run: Path, micro_batch_size: int) -> None:
     """One update of either role, without clipping."""
-    single = ["--train-iters", "1", "--phase", "1", "--fake-updates", "1", "--clip-grad", "1e9"]
+    single = ["--train-iters", "1", "--phase", "1", "--fake-updates", "1", "--clip-grad", "0"]
     assert launch(run, *single, "--micro-batch-size", str(micro_batch_size)) == 0
 
 
