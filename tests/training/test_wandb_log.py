@@ -16,9 +16,9 @@ INSTALLED = importlib.util.find_spec("wandb") is not None
 # wandb 0.31's signatures of what is called, by `inspect.signature`.
 CALLS = {
     "init": {"entity", "project", "dir", "id", "name", "config", "allow_val_change", "mode", "resume"},
-    "define_metric": {"name", "step_metric", "summary", "hidden"},
+    "define_metric": {"name", "step_metric", "step_sync", "hidden", "summary", "overwrite"},
     "log": {"data", "step", "commit"},
-    "finish": {"exit_code", "quiet"},
+    "finish": {"exit_code"},
 }
 OPTIONS = LoggingConfig(wandb_project="pdmd")
 
