@@ -82,24 +82,23 @@ class Instruments:
             print(f"iteration {iteration}: {name} took {seconds * 1000:.1f} ms", flush=True)
 
     def take(self) -> dict[str, float]:
-        """What a log entry says of the iterations since the last one. Collective over all ranks; begins anew.
+        """What a log entry says of the iterations since the last one. Called on all ranks; begins anew.
 
         Returns:
-            `milliseconds` of an iteration on this rank. For each timer its `<timer>_milliseconds` an iteration on the
-            slowest rank and, with several ranks, that `<timer>_slowest_rank`; `iteration` is a timer of these. With
-            `--log-throughput` `tokens_per_second_per_gpu`, `tflops_per_gpu` and `peak_memory_gb` (10^9 bytes, of the
-            rank that needs most).
+            `milliseconds` of an iteration on this rank. From level 1 on, for the iteration and each timer, its
+            `<timer>_milliseconds` an iteration on the slowest rank and, with several ranks, `<timer>_slowest_rank`.
+            With `--log-throughput`, `tokens_per_second_per_gpu`, `tflops_per_gpu` and `peak_memory_gb` (10^9 bytes, of
+            the rank that needs most).
         """
         count = max(self._iterations, 1)
-        times = {"iteration": self._seconds * 1000 / count}
-        times |= {name: total / count for name, total in sorted(self._timers.take().items())}
-        taken = {"milliseconds": times["iteration"]} | self._throughput()
+        milliseconds = self._seconds * 1000 / count
+        taken = {"milliseconds": milliseconds} | self._throughput()
+        timers = {name: total / count for name, total in sorted(self._timers.take().items())}
+        times = {"iteration": milliseconds} | timers if self._level else {}
         for name, ranks in zip(times, zip(*self._gathered(list(times.values())), strict=True), strict=True):
-            slowest = max(ranks)
-            if name != "iteration" or len(ranks) > 1:
-                taken[f"{name}_milliseconds"] = slowest
+            taken[f"{name}_milliseconds"] = max(ranks)
             if len(ranks) > 1:
-                taken[f"{name}_slowest_rank"] = ranks.index(slowest)
+                taken[f"{name}_slowest_rank"] = ranks.index(max(ranks))
         self._iterations, self._seconds = 0, 0.0
         return taken
 
@@ -117,7 +116,7 @@ class Instruments:
 
     def _gathered(self, values: list[float]) -> list[list[float]]:
         """The values of each rank."""
-        if self._topology.world_size == 1:
+        if self._topology.world_size == 1 or not values:
             return [values]
         own = torch.tensor(values, dtype=torch.float64, device=self._topology.device)
         ranks = own.new_empty(self._topology.world_size * len(values))

@@ -12,11 +12,11 @@ from torch.utils.tensorboard import SummaryWriter
 from megatron_pdmd.distillation.step import is_binned
 from megatron_pdmd.training.wandb_log import WandbLog
 
-# Names in the line of what --log-throughput measures.
+# How the line has what --log-throughput measures.
 _THROUGHPUT = {
-    "tflops_per_gpu": "throughput per GPU (TFLOP/s/GPU)",
-    "tokens_per_second_per_gpu": "tokens per second per GPU",
-    "peak_memory_gb": "peak memory (GB)",
+    "tflops_per_gpu": "throughput per GPU (TFLOP/s/GPU): {:.4g}",
+    "tokens_per_second_per_gpu": "tokens per second per GPU: {:.1f}",
+    "peak_memory_gb": "peak memory (GB): {:.2f}",
 }
 
 
@@ -66,7 +66,7 @@ class MetricsLog:
             f"phase: {entry['phase']}",
             f"consumed samples: {entry['consumed_samples']:12d}",
             f"elapsed time per iteration (ms): {entry['milliseconds']:.1f}",
-            *(f"{title}: {entry[name]:.4g}" for name, title in _THROUGHPUT.items() if name in entry),
+            *(text.format(entry[name]) for name, text in _THROUGHPUT.items() if name in entry),
             f"learning rate: {entry['learning_rate']:.6E}",
             f"fake learning rate: {entry['fake_learning_rate']:.6E}",
             f"global batch size: {entry['global_batch_size']:5d}",

@@ -53,7 +53,7 @@ def test_throughput_stands_after_the_time_and_timers_on_a_line_of_their_own(tmp_
     assert line.split(" | ")[3:7] == [
         "elapsed time per iteration (ms): 12.3",
         "throughput per GPU (TFLOP/s/GPU): 412.3",
-        "tokens per second per GPU: 1235",
+        "tokens per second per GPU: 1234.6",
         "peak memory (GB): 71.25",
     ]
     assert times == " times of the slowest rank (ms): iteration: 13.0 (rank 3) | teacher pass: 4.3 |"
