@@ -143,8 +143,16 @@ def _shortened(plan: Plan, ranks: int) -> Config:
     config = _replaced(config, "parallel", distributed_backend="auto")
     config = _replaced(config, "checkpoint", save_interval=0)
     config = _replaced(config, "method", fake_updates=_updates_of_all_experts(plan), fake_warmup=0, phase=0)
+    config = _replaced(config, "optimizer", lr_warmup_iters=0, fake_lr_warmup_iters=0)  # longer than an iteration
     config = _replaced(
-        config, "logging", log_interval=1, tensorboard=False, sample_prompts=min(logging.sample_prompts, data)
+        config,
+        "logging",
+        log_interval=1,
+        timing_log_level=0,  # no GPU, no events
+        log_throughput=False,
+        tensorboard=False,
+        wandb_project="",
+        sample_prompts=min(logging.sample_prompts, data),
     )
     config = _replaced(
         config,

@@ -31,7 +31,10 @@ CASES = {
     ],
     "evaluations": ["--dry-run", "4", *TP2, "--eval-interval", "50", "--global-batch-size", "4", "--bf16"],
     "no sheets": ["--dry-run", "2", "--sample-prompts", "0", "--bf16"],
-    "plain kernels": ["--dry-run", "1", "--kernel-backend", "reference"],
+    "plain kernels, everything timed and warmed up": [
+        *["--dry-run", "1", "--kernel-backend", "reference", "--timing-log-level", "2", "--log-throughput"],
+        *["--lr-decay-style", "cosine", "--lr-warmup-iters", "5"],
+    ],
     "every axis, another rank": [
         *["--dry-run", "8", "--dry-run-rank", "3", *TP2, *CP2, *OVERLAPS],
         *["--sequence-parallel", "--bf16", "--kernel-backend", "triton"],

@@ -86,7 +86,8 @@ def test_without_flags_an_entry_has_the_time_alone(topology):
 def test_a_run_times_its_updates_and_passes_by_level(level, timed, launch, tmp_path, capsys):
     assert launch(tmp_path / "run", "--timing-log-level", str(level), "--exit-interval", "2", sheets=True) == 3
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    updates = ["iteration"] + [f"{role}_{part}" for role in ("fake", "generator") for part in ("update", "sync", "optimizer")]
+    parts = ("update", "sync", "optimizer")
+    updates = ["iteration", *(f"{role}_{part}" for role in ("fake", "generator") for part in parts)]
     passes = ["teacher_pass", "fake_score_pass", "generator_pass", "fake_backward", "generator_backward"]
     for row in rows:
         times = {name.removesuffix("_milliseconds"): row[name] for name in row if name.endswith("_milliseconds")}
