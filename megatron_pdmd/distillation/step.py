@@ -214,7 +214,7 @@ def by_noise(name: str, values: torch.Tensor, u: torch.Tensor) -> Metrics:
     bins = (u * NOISE_BINS).long().clamp(max=NOISE_BINS - 1)
     belongs = torch.nn.functional.one_hot(bins, NOISE_BINS).float()
     counts = belongs.mean(0).to(values.device)
-    sums = values @ belongs.to(values.device) / len(values)
+    sums = (values.unsqueeze(1) * belongs.to(values.device)).mean(0)
     found = {}
     for index in range(NOISE_BINS):
         found |= {f"{name}_bin_{index}{_SUM}": sums[index], f"{name}_bin_{index}{_COUNT}": counts[index]}
