@@ -7,6 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from megatron_pdmd.models.layers.tensor_parallel import partition_dim
+from megatron_pdmd.models.wan.config import WanConfig
+from megatron_pdmd.models.wan.model import WanModel
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
@@ -106,10 +111,12 @@ def test_names_the_line_that_breaks_a_device(case: str, tiny: list[str]) -> None
     assert f"{file}:{number}" in told
 
 
-def test_counts_what_tensor_parallelism_splits(rehearsed: dict[str, list]) -> None:
-    def held(case: str) -> int:
-        moments = {moment["name"]: moment for moment in rehearsed[case][2]["moments"]}
-        return moments["load the teacher"]["held_bytes"]
-
-    whole, split = held("ulysses"), held("tensor and sequence parallel")
-    assert 0.5 < split / whole < 0.75
+@pytest.mark.parametrize(("case", "tensor"), [("ulysses", 1), ("tensor and sequence parallel", 2)])
+def test_counts_the_teacher_to_the_byte(case: str, tensor: int, rehearsed: dict[str, list], tiny: list[str]) -> None:
+    """Two experts, of which tensor parallelism leaves each rank its share."""
+    config = Path(tiny[tiny.index("--teacher") + 1]) / "transformer" / "config.json"
+    with torch.device("meta"):
+        model = WanModel(WanConfig.from_hf(json.loads(config.read_text())), dtype=torch.bfloat16)
+    shares = [p.nbytes // (1 if partition_dim(p) is None else tensor) for p in model.parameters()]
+    moments = {moment["name"]: moment for moment in rehearsed[case][2]["moments"]}
+    assert moments["load the teacher"]["held_bytes"] == 2 * sum(shares)
