@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 CUDA_ENV := .venv-cuda
+# Tests of one file stay in one process, for they share what is slow to make.
+PYTEST := -m pytest --numprocesses 2 --dist loadfile
 
 .PHONY: setup quickstart test test-cuda-build lint clean
 
@@ -19,7 +21,7 @@ quickstart: setup
 	$(BIN)/python -m megatron_pdmd.evaluation.run_report runs/quickstart
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python $(PYTEST)
 
 # The same suite on the CUDA build of torch, with the kernels compiled by the nvcc that pip installs. No GPU is needed; 6 GB
 # of disk are, and Linux. docs/gpu.md says what this shows and what it does not.
@@ -28,7 +30,7 @@ test-cuda-build: $(CUDA_ENV)/.complete
 	CUDACXX=$$toolkit/bin/nvcc LIBRARY_PATH=$$toolkit/lib \
 	$(CUDA_ENV)/bin/pip install --quiet --no-build-isolation --constraint constraints.txt --editable ".[dev]"
 	$(CUDA_ENV)/bin/python tools/check_cuda_build.py
-	$(CUDA_ENV)/bin/python -m pytest
+	$(CUDA_ENV)/bin/python $(PYTEST)
 
 $(CUDA_ENV)/.complete: constraints.txt
 	$(PYTHON) -m venv $(CUDA_ENV)

@@ -76,13 +76,15 @@ class DeviceChecks(TorchDispatchMode):
             raise
         if func is torch.ops.aten._to_copy.default and (known := self._known(args[0])) is not None:
             self._numbers[result] = known
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and tensor.is_cuda:
+        for tensor in (result,) if isinstance(result, Tensor) else tree_leaves(result):
+            if not isinstance(tensor, Tensor):
+                continue
+            if tensor.is_cuda:
                 self.memory.note(tensor)
-            elif isinstance(tensor, Tensor):
-                if self._passes:
-                    _check_stays_on_device(func, args)
-                self._origins[tensor] = self.origin_among(tree_leaves(args)) or lines_of_caller(sys._getframe(1))
+                continue
+            if self._passes:
+                _check_stays_on_device(func, args)
+            self._origins[tensor] = self.origin_among(tree_leaves(args)) or lines_of_caller(sys._getframe(1))
         return result
 
     def origin_among(self, values: Iterable[Any]) -> str:
