@@ -10,6 +10,7 @@ from megatron_pdmd.config import Config
 from megatron_pdmd.data.prompts import PromptEmbeddings
 from megatron_pdmd.distillation.randomness import Counter, Purpose
 from megatron_pdmd.distillation.step import GENERATOR_UPDATE, Iteration, MicroBatch, Program, quotients, walk
+from megatron_pdmd.models.layers.tensor_parallel import partition_dim
 from megatron_pdmd.parallel.data_parallel import data_parallel, no_sync, release_data_parallel
 from megatron_pdmd.parallel.topology import Topology
 from megatron_pdmd.training.checkpointing import Checkpoint
@@ -17,7 +18,7 @@ from megatron_pdmd.training.instruments import Instruments
 from megatron_pdmd.training.learning_rate import LearningRateSchedule
 from megatron_pdmd.training.networks import Networks, network_state
 from megatron_pdmd.training.optimizer import RoleOptimizer, build_optimizer
-from megatron_pdmd.training.sharded_state import Shard, parameter_shard, with_prefix
+from megatron_pdmd.training.sharded_state import Shard, with_prefix
 
 Metrics = dict[str, float]
 
@@ -142,8 +143,9 @@ class PhaseTrainer:
         """How many numbers of each network learn, over all ranks that share it."""
         counts = {}
         for name, network in self._trained().items():
-            learning = ((key, p) for key, p in network.module.named_parameters() if p.requires_grad)
-            counts[name] = sum(math.prod(parameter_shard(key, p).shape) for key, p in learning)
+            learning = [p for p in network.module.parameters() if p.requires_grad]
+            split = sum(p.numel() for p in learning if partition_dim(p) is not None)
+            counts[name] = split * self._topology.tensor + sum(p.numel() for p in learning if partition_dim(p) is None)
         return counts
 
     def state(self) -> dict[str, dict[str, Shard]]:
