@@ -26,6 +26,7 @@ from megatron_pdmd.distillation.step import Iteration
 from megatron_pdmd.dry_run.report import Report, write_report
 from megatron_pdmd.dry_run.stand_ins import StandIns
 from megatron_pdmd.errors import user_errors
+from megatron_pdmd.parallel.topology import check_world
 from megatron_pdmd.planning.device_checks import DeviceChecks, DeviceError
 from megatron_pdmd.planning.fake_ranks import FakeRanks
 from megatron_pdmd.planning.skeleton import complete_folder
@@ -48,6 +49,9 @@ def main(arguments: Sequence[str]) -> int:
         with user_errors():
             config, launch = parse_arguments(arguments)
             _require_kernels(config)
+            layout = config.parallel
+            tensor, context = layout.tensor_model_parallel_size, layout.context_parallel_size
+            check_world(launch.dry_run, tensor, 1, context, layout.sequence_parallel)
             plan = check(_in_folder(config, Path(name)))
             check_batch(plan.config, _data_ranks(plan.config, launch.dry_run))
             plan = replace(plan, config=_shortened(plan, launch.dry_run))
@@ -121,7 +125,7 @@ def _in_folder(config: Config, folder: Path) -> Config:
 
 def _data_ranks(config: Config, ranks: int) -> int:
     layout = config.parallel
-    return max(ranks // (layout.tensor_model_parallel_size * layout.context_parallel_size), 1)
+    return ranks // (layout.tensor_model_parallel_size * layout.context_parallel_size)
 
 
 def _shortened(plan: Plan, ranks: int) -> Config:

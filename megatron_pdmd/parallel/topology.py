@@ -96,7 +96,7 @@ def initialize_topology(
             )
         return _current
     world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
-    _check_layout(world_size, tensor, pipeline, context, sequence_parallel)
+    check_world(world_size, tensor, pipeline, context, sequence_parallel)
     device = _select_device(backend)
     if not dist.is_initialized():
         _initialize_process_group(backend, world_size, timedelta(minutes=timeout_minutes))
@@ -247,7 +247,12 @@ def _by_flag(tensor: int, pipeline: int, context: int) -> dict[str, int]:
     }
 
 
-def _check_layout(world_size: int, tensor: int, pipeline: int, context: int, sequence_parallel: bool) -> None:
+def check_world(world_size: int, tensor: int, pipeline: int, context: int, sequence_parallel: bool) -> None:
+    """Refuses sizes that do not divide a world.
+
+    Raises:
+        ValueError: names the sizes and the worlds that would.
+    """
     check_sizes(tensor, pipeline, context, sequence_parallel)
     sizes = _by_flag(tensor, pipeline, context)
     product = math.prod(sizes.values())

@@ -111,6 +111,22 @@ def test_names_the_line_that_breaks_a_device(case: str, tiny: list[str]) -> None
     assert f"{file}:{number}" in told
 
 
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--dry-run", "3", *TP2], "a world of 3 is not divisible by --tensor-model-parallel-size 2"),
+        (["--dry-run", "32"], "--global-batch-size 16: not divisible"),
+        (["--dry-run", "2", "--teacher", "nowhere"], "nowhere: no such folder"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(flags: list[str], told: str, tiny: list[str]) -> None:
+    program = [sys.executable, "-m", "megatron_pdmd.planning.fake_cuda", "megatron_pdmd.dry_run", *tiny, *flags]
+    ended = subprocess.run(program, capture_output=True, text=True, timeout=300, env=environment())
+    assert ended.returncode == 2
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith("error: ") and told in line
+
+
 @pytest.mark.parametrize(("case", "tensor"), [("ulysses", 1), ("tensor and sequence parallel", 2)])
 def test_counts_the_teacher_to_the_byte(case: str, tensor: int, rehearsed: dict[str, list], tiny: list[str]) -> None:
     """Two experts, of which tensor parallelism leaves each rank its share."""
