@@ -29,6 +29,7 @@ fi
 # Questions are answered by one process.
 case " $* " in
     *" --help "* | *" -h "* | *" --print-config "*) exec python -m megatron_pdmd.preflight "${TRAINING_ARGS[@]}" ;;
+    *" --dry-run "* | *" --dry-run="*) exec python -m megatron_pdmd.pretrain "${TRAINING_ARGS[@]}" ;;
 esac
 
 # Bad input ends here, in one process, with one line and exit code 2. Where RANKS_PER_NODE is not given it also answers

@@ -83,6 +83,15 @@ def test_torchrun_leaves_a_stopped_rank_time_to_save(given: dict[str, str], seco
     assert (result.returncode, result.stdout) == (0, f"{seconds}\n")
 
 
+@pytest.mark.parametrize("flags", [["--dry-run", "4"], ["--dry-run=4"]])
+def test_a_dry_run_is_one_process(flags: list[str], tmp_path: Path) -> None:
+    program(tmp_path, "torchrun", "echo a job")
+    program(tmp_path, "python", 'echo "$*"')
+    result = launch("bash", str(SCRIPT), *flags, programs=tmp_path)
+    expected = ["-m", "megatron_pdmd.pretrain", "--config", "examples/recipes/tiny_wan.yaml", *flags]
+    assert result.stdout.split() == expected
+
+
 @pytest.mark.parametrize(
     "flags",
     [["--micro-batchsize", "2"], ["--phase-steps", "2,3"], ["--teacher", "nowhere"], ["--config", "nowhere.yaml"]],
