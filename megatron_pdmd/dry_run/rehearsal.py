@@ -30,7 +30,7 @@ from megatron_pdmd.parallel.topology import check_world
 from megatron_pdmd.planning.device_checks import DeviceChecks, DeviceError
 from megatron_pdmd.planning.fake_ranks import FakeRanks
 from megatron_pdmd.planning.skeleton import complete_folder
-from megatron_pdmd.planning.source_lines import frames_of_error, lines_of_error
+from megatron_pdmd.planning.source_lines import frames_of_error, lines_of_error, summary_of_error
 from megatron_pdmd.preflight import Plan, check
 from megatron_pdmd.training.phase import check_batch
 from pdmd_kernels import available_backends, use_backend
@@ -97,7 +97,7 @@ def rehearse(plan: Plan, launch: LaunchConfig, ranks: FakeRanks, checks: DeviceC
 
 def fault(error: BaseException, checks: DeviceChecks) -> str:
     """The lines of this project that an error came up in, what it says, and where a tensor on the CPU comes from."""
-    text = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:400]}"
+    text = summary_of_error(error)
     if not isinstance(error, DeviceError):
         found = (checks.origin_among(frame.f_locals.values()) for frame in frames_of_error(error.__traceback__))
         origin = next(filter(None, found), "")
@@ -158,13 +158,15 @@ def _shortened(plan: Plan, ranks: int) -> Config:
         wandb_project="",
         sample_prompts=min(logging.sample_prompts, data),
     )
-    config = _replaced(
+    return _replaced(
         config,
         "evaluation",
+        task="none",
+        teacher_steps=2,
+        batch_size=1,
         eval_interval=min(evaluation.eval_interval, 1),
         eval_samples=min(evaluation.eval_samples, data),
     )
-    return _replaced(config, "evaluation", task="none", teacher_steps=2, batch_size=1)
 
 
 def _interrupted(config: Config) -> Config:

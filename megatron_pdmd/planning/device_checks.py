@@ -16,7 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from megatron_pdmd.planning.device_memory import DeviceMemory
 from megatron_pdmd.planning.fake_ranks import FakeRanks
-from megatron_pdmd.planning.source_lines import lines_of_caller
+from megatron_pdmd.planning.source_lines import lines_of_caller, summary_of_error
 
 
 class DeviceError(RuntimeError):
@@ -72,7 +72,7 @@ class DeviceChecks(TorchDispatchMode):
             result = func(*args, **kwargs)
         except Exception as error:
             if origin := self.origin_among(tree_leaves((args, kwargs))):
-                raise DeviceError(f"{_first_line(error)} (the CPU's comes from {origin})") from error
+                raise DeviceError(f"{summary_of_error(error)} (the CPU's comes from {origin})") from error
             raise
         if func is torch.ops.aten._to_copy.default and (known := self._known(args[0])) is not None:
             self._numbers[result] = known
@@ -119,10 +119,6 @@ class DeviceChecks(TorchDispatchMode):
                     raise DeviceError(f"{name} over a {tensor.device.type} tensor in a group that sends {device} ones")
         work = FakeWork().boxed()
         return (args[0], work) if len(func._schema.returns) == 2 else work
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
 
 
 def _check_kernel(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -25,6 +25,11 @@ def lines_of_error(trace: TracebackType | None) -> str:
     return _told(reversed(list(_steps(trace))))
 
 
+def summary_of_error(error: BaseException) -> str:
+    """Its type and the beginning of what it says, in one line."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:400]}"
+
+
 def frames_of_error(trace: TracebackType | None) -> Iterator[FrameType]:
     """The frames that an error went through, the innermost first."""
     return (frame for frame, _ in reversed(list(_steps(trace))))
