@@ -6,20 +6,22 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-GROUND = {"config", "pdmd_kernels", "errors"}
+GROUND = {"config", "pdmd_kernels", "errors", "documents", "files"}
 MAY_IMPORT = {
     "pdmd_kernels": set(),
     "config": set(),
-    "errors": set(),
+    "errors": {"files"},
+    "documents": set(),
+    "files": set(),
     "diffusion": {"config", "pdmd_kernels"},
     "parallel": {"config"},
     "distillation": {"config", "pdmd_kernels", "diffusion", "parallel"},
-    "models": {"config", "pdmd_kernels", "parallel"},
+    "models": {"config", "pdmd_kernels", "parallel", "documents"},
 }
 STANDING_ABOVE = {"data", "conversion", "evaluation", "planning"}
 BELOW = {*GROUND, "diffusion", "distillation", "models", "parallel"}
 MAY_IMPORT |= {name: BELOW | STANDING_ABOVE for name in STANDING_ABOVE}
-MAY_IMPORT["arguments"] = {"config", "errors"}
+MAY_IMPORT["arguments"] = {"config", "errors", "documents"}
 MAY_IMPORT["training"] = BELOW | STANDING_ABOVE | {"arguments"}
 MAY_IMPORT["preflight"] = MAY_IMPORT["training"] | {"training"}
 MAY_IMPORT["pretrain"] = MAY_IMPORT["preflight"] | {"preflight"}

@@ -1,0 +1,169 @@
+"""Files that are there as a whole or not at all: written beside under another name, and renamed."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+# Marks a folder that this program is writing, so that what a killed one left is known from a user's folder.
+UNFINISHED = ".unfinished_by_megatron_pdmd"
+LONGEST_NAME = 200  # bytes; disks take 255, and beside a folder there are others with an ending to its name
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A path to write a file to, which becomes `path` when the body is done and vanishes when it fails.
+
+    The folder is made where it is missing. The new file is on the disk before it replaces an old one.
+
+    Raises:
+        OSError: the folder or the file cannot be written; an old file is as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        synchronise(partial)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text in UTF-8, as a whole or not at all."""
+    with written_whole(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON that a person can read, as a whole or not at all.
+
+    Raises:
+        ValueError: a number in it is not finite.
+    """
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def synchronise(*paths: Path) -> None:
+    """Returns when files or folders are on the disk."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def check_destination(folder: Path, flag: str, is_ours: Callable[[Path], bool]) -> None:
+    """Refuses a folder that `begin_folder` could not replace. It writes nothing.
+
+    Args:
+        folder: new, empty, or made by an earlier call.
+        flag: option that names it.
+        is_ours: tells whether a folder that is not empty may be replaced.
+
+    Raises:
+        ValueError: it holds something else, is a file, or lies where nothing can be written.
+    """
+    check_writable(folder, flag)
+    if folder.exists() and any(folder.iterdir()) and not is_ours(folder):
+        raise ValueError(f"{flag} {folder}: is not empty and not made by this program; name a new folder")
+    for neighbour in _neighbours(folder):
+        leftover = (neighbour / UNFINISHED).is_file() or (neighbour.is_dir() and is_ours(neighbour))
+        if neighbour.exists() and not leftover:
+            raise ValueError(f"{flag} {folder}: {neighbour} is in the way; move it, or name another folder")
+
+
+def check_writable(folder: Path, flag: str) -> None:
+    """Refuses a folder that could not be made or written to. It writes nothing.
+
+    Args:
+        folder: there already or not.
+        flag: option that names it.
+
+    Raises:
+        ValueError: no permission, a file on the way, or a name that the disk does not take.
+    """
+    if len(folder.name.encode(errors="surrogateescape")) > LONGEST_NAME:
+        raise ValueError(f"{flag} {folder.name[:40]}...: the name has more than {LONGEST_NAME} bytes; choose a shorter")
+    try:
+        above = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    except OSError as error:
+        raise ValueError(f"{flag} {folder}: cannot be used ({error.strerror}); name another folder") from None
+    if not above.is_dir():
+        raise ValueError(f"{flag} {folder}: {above} is a file; name another folder")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise ValueError(f"{flag} {folder}: {above} cannot be written; name another folder or change its permissions")
+
+
+def begin_folder(folder: Path, flag: str, is_ours: Callable[[Path], bool]) -> Path:
+    """A folder to write into, beside the one it will replace; `finish_folder` or `drop_folder` ends it.
+
+    Raises:
+        ValueError: see `check_destination`.
+    """
+    check_destination(folder, flag, is_ours)
+    partial, old = _neighbours(folder)
+    if old.exists() and not (folder.exists() and any(folder.iterdir())):  # a crash came between two renames
+        if folder.exists():
+            folder.rmdir()
+        old.rename(folder)
+    for leftover in (partial, old):
+        if leftover.exists():
+            shutil.rmtree(leftover)
+    partial.mkdir(parents=True)
+    (partial / UNFINISHED).touch()
+    return partial
+
+
+def finish_folder(folder: Path) -> None:
+    """Puts the folder that `begin_folder` made in the place of `folder`."""
+    partial, old = _neighbours(folder)
+    (partial / UNFINISHED).unlink()
+    if folder.exists():
+        folder.rename(old)
+    try:
+        partial.rename(folder)
+    except OSError:
+        old.rename(folder)
+        raise
+    synchronise(folder.absolute().parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def drop_folder(folder: Path) -> None:
+    """Removes the folder that `begin_folder` made; `folder` stays as it was."""
+    shutil.rmtree(_neighbours(folder)[0], ignore_errors=True)
+
+
+@contextmanager
+def replaced_whole(folder: Path, flag: str, is_ours: Callable[[Path], bool]) -> Iterator[Path]:
+    """A folder to write into, which becomes `folder` when the body is done and vanishes when it fails.
+
+    For one process; ranks that write together call the three functions above in turn.
+
+    Args:
+        folder: new, empty, or made by an earlier call.
+        flag: option that names it.
+        is_ours: tells whether a folder that is not empty may be replaced.
+
+    Raises:
+        ValueError: see `check_destination`.
+    """
+    partial = begin_folder(folder, flag, is_ours)
+    try:
+        yield partial
+        finish_folder(folder)
+    except BaseException:
+        drop_folder(folder)
+        raise
+
+
+def _neighbours(folder: Path) -> tuple[Path, Path]:
+    """Where a folder is written, and where the one it replaces waits until it has been."""
+    folder = folder.absolute()
+    return folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
