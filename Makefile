@@ -5,7 +5,7 @@ CUDA_ENV := .venv-cuda
 # Tests of one file stay in one process, for they share what is slow to make.
 PYTEST := -m pytest --numprocesses 2 --dist loadfile
 
-.PHONY: setup quickstart test test-cuda-build lint clean
+.PHONY: setup quickstart test test-faults test-cuda-build lint clean
 
 setup: .venv/.complete
 
@@ -22,6 +22,12 @@ quickstart: setup
 
 test: setup
 	$(BIN)/python $(PYTEST)
+
+# Thousands of spoilt inputs and fifty killed runs, others every time; the suite has a few of each. docs/faults.md says what
+# was found.
+test-faults: setup
+	$(BIN)/python $(PYTEST) tests/faults --hypothesis-profile thorough
+	$(BIN)/python tests/faults/kill_runs.py --kills 50 --seed $$(date +%s)
 
 # The same suite on the CUDA build of torch, with the kernels compiled by the nvcc that pip installs. No GPU is needed; 6 GB
 # of disk are, and Linux. docs/gpu.md says what this shows and what it does not.

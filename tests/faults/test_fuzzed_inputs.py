@@ -1,0 +1,172 @@
+"""Whatever a file or a command line holds, a program works or refuses it in one line, leaving no trace."""
+
+from types import ModuleType
+
+import pytest
+from fault_judge import judge
+from fault_mutations import spoiler, spoilt_flags
+from fault_programs import run_program
+from fault_world import World, built_world
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_pdmd import preflight, pretrain
+from megatron_pdmd.arguments import _flags as known_flags
+from megatron_pdmd.evaluation import run_report
+
+TEACHER = (
+    "teacher/model_index.json",
+    "teacher/transformer/config.json",
+    "teacher/transformer_2/config.json",
+    "teacher/scheduler/scheduler_config.json",
+    "teacher/transformer/diffusion_pytorch_model.safetensors",
+    "teacher/transformer_2/diffusion_pytorch_model.safetensors",
+)
+ENCODED = ("encoded/prompts.json", "encoded/prompts-00001-of-00001.safetensors")
+ENCODER = (
+    "prompts.txt",
+    "teacher/text_encoder/config.json",
+    "teacher/text_encoder/model.safetensors",
+    "teacher/tokenizer/tokenizer_config.json",
+)
+SHARDED = (
+    "sharded/transformer/diffusion_pytorch_model.safetensors.index.json",
+    "sharded/transformer/diffusion_pytorch_model-00001-of-*.safetensors",
+)
+CHECKPOINT = (
+    "run/config.yaml",
+    "run/checkpoints/latest_checkpointed_iteration.txt",
+    "run/checkpoints/iter_0000002/metadata.json",
+    "run/checkpoints/iter_0000002/.metadata",
+    "run/checkpoints/iter_0000002/*.distcp",
+)
+SAMPLES = ("samples/samples.safetensors", "samples/prompts.txt")
+EXPORT = (
+    "run/hf/few_step_sampling.json",
+    "run/hf/model_index.json",
+    "run/hf/scheduler/scheduler_config.json",
+    "run/hf/transformer/config.json",
+    "run/hf/transformer/diffusion_pytorch_model.safetensors",
+)
+SAMPLING = ["--prompts", "encoded", "--save", "out", "--frames", "2", "--height", "4", "--width", "4"]
+
+
+def cases(label: str, files: tuple[str, ...]) -> list:
+    return [pytest.param(file, id=f"{label}:{file}") for file in files]
+
+
+def attack(data: st.DataObject, program: ModuleType, file: str, flags: list[str], *, rehearsed: bool = False) -> None:
+    """Spoils one file and runs a program on it; `rehearsed` runs the preflight first, which must say the same."""
+    with built_world().copy() as world:
+        path = next(world.folder.glob(file))
+        path.write_bytes(data.draw(spoiler(path.name)(path.read_bytes())))
+        verdict = None
+        if rehearsed:
+            verdict = judged(world, preflight, flags)
+        if verdict != "refused":
+            assert judged(world, program, flags) == "accepted" or not rehearsed, "refused after the preflight passed"
+
+
+def judged(world: World, program: ModuleType, flags: list[str]) -> str:
+    before = world.content()
+    return judge(run_program(program, flags, world.folder), world, before)
+
+
+@pytest.mark.parametrize("file", [*cases("teacher", TEACHER), *cases("prompts", ENCODED)])
+@given(data=st.data())
+def test_training_on_a_spoilt_input(file, data):
+    flags = [*built_world().flags(), "--no-export", "--sample-prompts", "0"]
+    attack(data, pretrain, file, flags, rehearsed=True)
+
+
+@pytest.mark.parametrize("file", cases("sharded", SHARDED))
+@given(data=st.data())
+def test_training_on_spoilt_files_of_a_sharded_teacher(file, data):
+    flags = [*built_world().flags(teacher="sharded"), "--no-export", "--sample-prompts", "0"]
+    attack(data, pretrain, file, flags, rehearsed=True)
+
+
+@pytest.mark.parametrize("file", cases("text", ENCODER))
+@given(data=st.data())
+def test_training_on_spoilt_text(file, data):
+    flags = [*built_world().flags(prompts="prompts.txt"), "--no-export", "--sample-prompts", "0"]
+    attack(data, pretrain, file, flags)
+
+
+@given(data=st.data())
+def test_a_spoilt_recipe(data):
+    attack(data, preflight, "recipe.yaml", ["--config", "recipe.yaml", "--save", "new"])
+
+
+@given(data=st.data())
+def test_spoilt_flags(data):
+    with built_world().copy() as world:
+        flags = data.draw(spoilt_flags(world.flags(), [*known_flags(), "--help-me", "--no-bf16", "-x"]))
+        judged(world, preflight, flags)
+
+
+@pytest.mark.parametrize("file", cases("resume", (*CHECKPOINT, "run/metrics.jsonl")))
+@given(data=st.data())
+def test_going_on_from_a_spoilt_run(file, data):
+    flags = [*built_world().flags(save="run"), "--train-iters", "1,2", "--no-export"]
+    attack(data, pretrain, file, flags)
+
+
+@pytest.mark.parametrize("file", cases("load", CHECKPOINT))
+@given(data=st.data())
+def test_starting_from_a_spoilt_run(file, data):
+    attack(data, pretrain, file, [*built_world().flags(), "--load", "run", "--finetune", "--no-export"])
+
+
+@pytest.mark.parametrize("file", cases("export", CHECKPOINT))
+@given(data=st.data())
+def test_exporting_a_spoilt_run(file, data, load_tool):
+    attack(data, load_tool("convert_checkpoint"), file, ["export", "--load", "run", "--hf", "out"])
+
+
+@pytest.mark.parametrize("file", cases("generate", EXPORT))
+@given(data=st.data())
+def test_sampling_a_spoilt_export(file, data, load_tool):
+    attack(data, load_tool("generate"), file, ["--load", "run", *SAMPLING])
+
+
+@given(data=st.data())
+def test_sampling_with_spoilt_flags(data, load_tool):
+    known = ["--" + name for name in ("seed", "num-steps", "phase-steps", "timestep-shift", "guidance-scale", "frames")]
+    known += ["--" + name for name in ("height", "width", "batch-size", "max-length", "dtype", "device", "max-prompts")]
+    with built_world().copy() as world:
+        flags = data.draw(spoilt_flags(["--load", "run", *SAMPLING], known))
+        judged(world, load_tool("generate"), flags)
+
+
+@pytest.mark.parametrize("file", cases("evaluate", SAMPLES))
+@given(data=st.data())
+def test_measuring_spoilt_samples(file, data, load_tool):
+    attack(data, load_tool("evaluate"), file, ["--samples", "samples", "--save", "metrics.json"])
+
+
+@pytest.mark.parametrize("file", cases("report", ("run/metrics.jsonl", "run/summary.json")))
+@given(data=st.data())
+def test_a_report_of_a_spoilt_run(file, data):
+    attack(data, run_report, file, ["run"])
+
+
+@given(data=st.data())
+def test_a_plot_of_a_spoilt_log(data, load_tool):
+    attack(data, load_tool("plot_log"), "run/metrics.jsonl", ["run", "--save", "plot.png"])
+
+
+@pytest.mark.parametrize("file", cases("encode", ENCODER))
+@given(data=st.data())
+def test_encoding_with_a_spoilt_encoder(file, data, load_tool):
+    flags = ["--prompts", "prompts.txt", "--text-encoder", "teacher", "--save", "out"]
+    attack(data, load_tool("encode_prompts"), file, flags)
+
+
+def test_what_is_right_is_accepted(load_tool):
+    """The judge can say both: without it nothing above would mean anything."""
+    with built_world().copy() as world:
+        assert judged(world, preflight, world.flags()) == "accepted"
+        assert judged(world, pretrain, world.flags()) == "accepted"
+        assert judged(world, load_tool("generate"), ["--load", "run", *SAMPLING]) == "accepted"
+        assert judged(world, preflight, world.flags(teacher="nowhere")) == "refused"
