@@ -14,6 +14,7 @@ import torch
 from fault_programs import run_program
 from safetensors.torch import save_file
 from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
+from transformers.utils import logging
 
 from megatron_pdmd import pretrain
 from megatron_pdmd.conversion.weight_files import write_model
@@ -125,6 +126,7 @@ def _write_teacher(folder: Path, max_shard_size: int) -> None:
         write_model(folder / name, to_hf_state_dict(model).items(), max_shard_size=max_shard_size)
     torch.manual_seed(0)
     text = UMT5Config(vocab_size=384, d_model=SHAPE.text_dim, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    logging.disable_progress_bar()
     UMT5EncoderModel(text).save_pretrained(folder / "text_encoder")
     ByT5Tokenizer(model_max_length=PROMPT_LENGTH).save_pretrained(folder / "tokenizer")
     (folder / "scheduler").mkdir()
