@@ -1,6 +1,7 @@
 """JSON and YAML that a user's files hold, read within limits: what is odd is refused in a line that names the file."""
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -94,11 +95,26 @@ def read_yaml(path: Path) -> Any:
     return content
 
 
+_NUMBERS = {
+    "tag:yaml.org,2002:int": re.compile(r"[+-]?(?:0|[1-9][0-9]{0,99})$"),
+    "tag:yaml.org,2002:float": re.compile(
+        r"[+-]?(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][+-][0-9]+)?$|[+-]?\.(?:inf|Inf|INF)$|\.(?:nan|NaN|NAN)$"
+    ),
+}
+
+
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader without aliases, tags, dates, merges and repeated keys."""
+    """PyYAML's safe loader without aliases, tags, dates, merges and repeated keys, and with decimal numbers alone.
+
+    YAML 1.1 would read 010 as 8, 1:30 as 90 and 1_0 as 10. Here these are texts.
+    """
 
     yaml_implicit_resolvers: ClassVar[dict[str, list[Any]]] = {
-        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":timestamp", ":merge"))]
+        first: [
+            (tag, _NUMBERS.get(tag, pattern))
+            for tag, pattern in resolvers
+            if not tag.endswith((":timestamp", ":merge"))
+        ]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 

@@ -1,47 +1,178 @@
-"""How a program tells its user about bad input: one line on stderr, exit code 2, no traceback."""
+"""How a program ends on an error: one line on stderr and an exit code, and a traceback only where the mistake is ours.
+
+Exit codes: 2 bad input, 130 interrupted, 1 all else.
+"""
 
 import contextlib
+import dis
 import errno
-import io
+import hashlib
 import os
-import re
 import shutil
+import signal
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import tyro
 
+from megatron_pdmd.options import read_options
+
 Options = TypeVar("Options")
 
-_USER_OS_ERRORS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
-_FULL_OR_READ_ONLY = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+BAD_INPUT = 2
+FAILED = 1
+INTERRUPTED = 128 + signal.SIGINT
+READER_LEFT = 128 + signal.SIGPIPE
+
+LONGEST_LINE = 1000  # characters
+# Seconds that a rank whose peer is gone waits to be ended too, so that the peer's own error is the one that is told.
+SILENCE_FOR_PEERS = 5.0
+
+_MENDS = {
+    errno.ENOENT: "is the path right?",
+    errno.EEXIST: "name another path",
+    errno.ENOTDIR: "name another path",
+    errno.EISDIR: "name a file",
+    errno.EACCES: "change its permissions, or name another path",
+    errno.EPERM: "change its permissions, or name another path",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "name another path",
+    errno.ENOSPC: "make room, or choose another folder",
+    errno.EDQUOT: "make room, or choose another folder",
+    errno.EROFS: "choose another folder",
+}
+# What gloo and NCCL say where a rank that they talk to is gone, or no longer answers.
+_LOST_PEER = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Timed out waiting",
+    "Application timeout caused pair closure",
+    "Broken pipe",
+    "Socket Timeout",
+    "remote process exited",
+    "Watchdog caught collective operation timeout",
+    "recvValue failed",
+    "sendBytes failed",
+)
 
 
 class NoSpaceError(ValueError):
     """The disk cannot hold what is to be written."""
 
 
-@contextlib.contextmanager
-def user_errors(mistake: type[ValueError] = ValueError) -> Iterator[None]:
-    """Ends the process with exit code 2 and one line on stderr when the body meets a user's mistake.
+class OtherRankError(RuntimeError):
+    """Another rank met an error that is no user's mistake; it tells of it itself."""
 
-    A mistake is a ValueError, a path that is missing, occupied or forbidden, or a disk that is full or read-only. Every
-    other exception passes through with its traceback, for it is ours to mend.
+
+@contextlib.contextmanager
+def user_errors(mistake: type[ValueError] = ValueError, *, foreign: bool = True) -> Iterator[None]:
+    """Ends the process with one line on stderr and its exit code where the body meets what a user can mend.
+
+    That is a ValueError and what a disk says of a path (exit code 2), too little memory, a disk that fails, another
+    rank that ended (1), and an interruption (130). Every other exception passes through with its traceback, for it is
+    ours to mend. Of ranks that a launcher started on one machine, the first to meet an error tells it.
 
     Args:
         mistake: the kind of ValueError that counts; a narrower one where the body's own ValueErrors would be bugs.
+        foreign: whether ValueErrors count that another library raised, as it does for input that nobody judged.
     """
     try:
-        yield
-    except (mistake, OSError) as error:
-        is_user_error = isinstance(error, (mistake, *_USER_OS_ERRORS)) or error.errno in _FULL_OR_READ_ONLY
-        if not is_user_error:
+        try:
+            yield
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()  # here, where a reader that left is noticed quietly
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(READER_LEFT) from None
+    except (Exception, KeyboardInterrupt) as error:
+        if isinstance(error, ValueError) and not (isinstance(error, mistake) and (foreign or raised_by_us(error))):
             raise
-        if os.environ.get("RANK", "0") == "0":  # every rank meets the same mistake; one tells it
-            sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
-        raise SystemExit(2) from None
+        end = line_and_code(error)
+        if end is None:
+            raise
+        line, code = end
+        if isinstance(error, OtherRankError) or _is_lost_peer(error):
+            time.sleep(SILENCE_FOR_PEERS)
+        tell_once(f"error: {line}")
+        raise SystemExit(code) from None
+
+
+def line_and_code(error: BaseException) -> tuple[str, int] | None:
+    """What to say of an error and the exit code; None where it is ours to mend."""
+    text = " ".join(str(error).split())
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", INTERRUPTED
+    if isinstance(error, ValueError):
+        return text, BAD_INPUT
+    if isinstance(error, OtherRankError):
+        return text, FAILED
+    if isinstance(error, OSError):
+        return _os_error(error, text)
+    if _is_out_of_memory(error):
+        told = text.partition(". ")[0] or "the machine has no more"
+        mend = "take smaller batches, or for training more ranks or --recompute-granularity full"
+        return f"out of memory ({told}); {mend}", FAILED
+    if _is_lost_peer(error):
+        return f"another rank ended or no longer answers ({text}); its own error says why", FAILED
+    return None
+
+
+def _os_error(error: OSError, text: str) -> tuple[str, int]:
+    """The line names the file; the code is 2 where the user chose a path that cannot be used."""
+    if error.errno is None:  # raised by a library, in its own words
+        return text, BAD_INPUT
+    path = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
+    mend = _MENDS.get(error.errno, "the machine failed; see that its disk and network work, and start again")
+    return f"{path}{(error.strerror or text).lower()}; {mend}", BAD_INPUT if error.errno in _MENDS else FAILED
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    names = {kind.__name__ for kind in type(error).__mro__}  # torch's own, without importing torch
+    return bool(names & {"MemoryError", "OutOfMemoryError"}) or "DefaultCPUAllocator: can't allocate" in str(error)
+
+
+def _is_lost_peer(error: BaseException) -> bool:
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _LOST_PEER)
+
+
+def raised_by_us(error: BaseException) -> bool:
+    """Whether a `raise` of this package is where an exception comes from, and no library that it called."""
+    last = error.__traceback__
+    if last is None:
+        return True  # made here, and raised nowhere yet
+    while last.tb_next is not None:
+        last = last.tb_next
+    code, module = last.tb_frame.f_code, last.tb_frame.f_globals.get("__name__", "")
+    is_raise = code.co_code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+    return is_raise and module.partition(".")[0] == __name__.partition(".")[0]
+
+
+def tell_once(line: str) -> None:
+    """Writes a line to stderr, unless another rank that the same launcher started on this machine has."""
+    line = one_line(line)
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # <folder of this start>/<local rank>/error.json
+    if error_file:
+        digest = hashlib.blake2b(line.encode(errors="replace"), digest_size=8).hexdigest()
+        try:
+            (Path(error_file).parent.parent / f"told_{digest}").touch(exist_ok=False)
+        except FileExistsError:
+            return
+        except OSError:  # told twice is better than not at all
+            pass
+    with contextlib.suppress(OSError, AttributeError):  # where there is no stderr the exit code must do
+        sys.stderr.write(f"{line}\n")
+        sys.stderr.flush()
+
+
+def one_line(text: str) -> str:
+    """A text as one line of bounded length, without what would move a terminal's cursor."""
+    line = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in " ".join(text.split()))
+    half = LONGEST_LINE // 2
+    return line if len(line) <= LONGEST_LINE else f"{line[:half]} ... {line[-half:]}"
 
 
 def parse_options(
@@ -50,7 +181,7 @@ def parse_options(
     arguments: Sequence[str] | None = None,
     default: Options | None = None,
 ) -> Options:
-    """Reads a dataclass of options from the command line.
+    """Reads a dataclass of options from the command line, or prints the help and exits.
 
     Args:
         options: the dataclass; its fields become flags.
@@ -61,23 +192,11 @@ def parse_options(
     Raises:
         ValueError: an unknown flag or a bad value, in one line.
     """
-    messages = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(messages):
-            program, given = Path(sys.argv[0]).name, {} if default is None else {"default": default}
-            return tyro.cli(options, description=description, args=arguments, prog=program, **given)
-    except SystemExit as stop:
-        if stop.code in (0, None):
-            raise
-        raise ValueError(_without_frame(messages.getvalue())) from None
-
-
-def _without_frame(box: str) -> str:
-    """What a framed message of tyro says, without the frame, its title and the help text below it."""
-    text = " ".join(re.sub(r"[─-╿]+", " ", box).split())
-    text = re.split(r"For full helptext|Argument helptext:|Full helptext:", text)[0]
-    titles = "Parsing error|Value error|Invalid choice|Missing argument|Required options|Unrecognized options"
-    return re.sub(rf"^(?:{titles})\s+", "", text).strip() + " (see --help)"
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if "--help" in arguments or "-h" in arguments:
+        given = {} if default is None else {"default": default}
+        tyro.cli(options, description=description, args=["--help"], prog=Path(sys.argv[0]).name, **given)
+    return read_options(options, arguments, default)
 
 
 def require_space(path: Path, needed: int, flag: str) -> None:

@@ -13,6 +13,7 @@ import torch
 from megatron_pdmd.arguments import parse_arguments, to_plain
 from megatron_pdmd.config import Config, ParallelConfig
 from megatron_pdmd.data.prompts import PromptEmbeddings, load_prompts, naming_flag
+from megatron_pdmd.environment import check_rank_variables
 from megatron_pdmd.errors import NoSpaceError, user_errors
 from megatron_pdmd.models import from_hf
 from megatron_pdmd.parallel.agreement import together
@@ -42,6 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     with user_errors():
+        check_rank_variables()
         if parse_arguments(arguments)[1].dry_run:
             return subprocess.call([sys.executable, "-m", *REHEARSAL, *arguments])
         plan = prepare(arguments)
@@ -51,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(plan: Plan) -> int:
     """Trains, exports and measures what was prepared; returns the rank's exit code."""
-    with user_errors():
+    with user_errors(foreign=False):
         topology = start_topology(plan.config.parallel)
         check_batch(plan.config, topology.data)
         tell(topology, layout_line(topology))

@@ -1,13 +1,24 @@
 """Flags and recipes: what is read, what wins, and what is refused in one line that names it."""
 
 import dataclasses
+import math
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 import yaml
 
 from megatron_pdmd.arguments import load_recipe, parse_arguments, to_yaml
-from megatron_pdmd.config import Config, DataConfig, MethodConfig, ModelConfig, OptimizerConfig, TrainingConfig
+from megatron_pdmd.config import (
+    CommandLine,
+    Config,
+    DataConfig,
+    MethodConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainingConfig,
+)
+from megatron_pdmd.limits import LIMITS
 
 RECIPES = sorted((Path(__file__).parents[1] / "examples" / "recipes").glob("*.yaml"))
 NEEDED = ["--teacher", "models/wan", "--prompts", "prompts.txt"]
@@ -93,6 +104,13 @@ def test_recipes_take_numbers_as_people_write_them(tmp_path):
     assert config.method == MethodConfig(phase_steps=(1, 3))
 
 
+def test_whole_numbers_are_exact_and_decimal(tmp_path):
+    for text, seed in (("9007199254740993", 2**53 + 1), ("+5", 5), ("'7'", 7), ("-0", 0), ("010", 10), ("'010'", 10)):
+        recipe = write(tmp_path / "a.yaml", f"training: {{seed: {text}}}\n")
+        assert load_recipe(recipe).training.seed == seed
+        assert parse_arguments([*NEEDED, f"--seed={text.strip(chr(39))}"])[0].training.seed == seed
+
+
 def test_an_empty_recipe_is_the_defaults(tmp_path):
     assert load_recipe(write(tmp_path / "a.yaml", "")) == Config()
 
@@ -120,14 +138,35 @@ def test_a_flag_like_none_points_to_the_help():
         ("training: {seed: 1.5}", "training: seed: expected a whole number, got 1.5"),
         ("training: {seed: .inf}", "training: seed: expected a whole number, got inf"),
         ("training: {seed: true}", "training: seed: expected a whole number, got True"),
-        ("training: {seed: null}", "training: seed: expected a whole number, got None"),
+        ("training: {seed: null}", "training: seed: expected a whole number, got null"),
         ("training: {bf16: 1}", "training: bf16: expected true or false, got 1"),
-        ("optimizer: {lr: fast}", "optimizer: lr: expected a number, got 'fast'"),
-        ("optimizer: {lr: false}", "optimizer: lr: expected a number, got False"),
+        ("optimizer: {lr: fast}", "optimizer: lr: expected a finite number, got 'fast'"),
+        ("optimizer: {lr: false}", "optimizer: lr: expected a finite number, got False"),
         ("data: {negative_prompt: no}", "data: negative_prompt: expected a text, got False"),
         ("model: {teacher: 3}", "model: teacher: expected a path, got 3"),
         ("method: {phase_steps: [1, x]}", "method: phase_steps: expected a whole number, got 'x'"),
         ("method: {generator: half}", "method: generator: 'half' is not one of lora, full"),
+        ("method: {guidance_scale: .nan}", "method: guidance_scale: expected a finite number, got nan"),
+        ("method: {guidance_scale: [1, .inf]}", "method: guidance_scale: expected a finite number, got inf"),
+        ("optimizer: {lr: 1.0e+999}", "optimizer: lr: expected a finite number, got inf"),
+        ("training: {seed: 0x10}", "training: seed: expected a whole number, got '0x10'"),
+        ("training: {seed: 1_000}", "training: seed: expected a whole number, got '1_000'"),
+        ("training: {seed: 1:30}", "training: seed: expected a whole number, got '1:30'"),
+        ("training: {seed: 9007199254740993.0}", "training: seed: expected a whole number"),
+        ("training: {seed: ٣}", "training: seed: expected a whole number"),
+        ("training:", "training: expected keys below it, got nothing"),
+        ("7: {seed: 1}", "unknown key '7'"),
+        ("data: {negative_prompt: null}", "data: negative_prompt: expected a text, got null"),
+        ("data: {negative_prompt: 5}", "data: negative_prompt: expected a text, got 5"),
+        ('data: {negative_prompt: "\\ud800"}', "data: negative_prompt: expected a text"),
+        ('checkpoint: {save: "a\\0b"}', "checkpoint: save: expected a path"),
+        ("checkpoint: {save: null}", "checkpoint: save: expected a path, got null"),
+        ("method: {phase_steps: null}", "method: phase_steps: expected a whole number, got null"),
+        ("method: {generator: null}", "method: generator: null is not one of lora, full"),
+        ("logging: {timing_log_level: true}", "logging: timing_log_level: True is not one of 0, 1, 2"),
+        ("training: {bf16: 'true'}", "training: bf16: expected true or false, got 'true'"),
+        ("training: {seed: 1, seed: 2}", "'seed' is given twice"),
+        ("training: &a {seed: 1}\nmethod: *a", "alias '*a'"),
         ("training: [", "not valid YAML"),
         ("training: !!python/object/apply:os.getcwd []", "not valid YAML"),
     ],
@@ -140,9 +179,9 @@ def test_a_bad_recipe_is_refused_by_file_and_key(text, words, tmp_path):
 
 def test_a_recipe_that_cannot_be_read_is_refused(tmp_path):
     assert "no such file" in refusal(["--config", str(tmp_path / "none.yaml")])
-    assert "cannot be read" in refusal(["--config", str(tmp_path)])
+    assert "not a file" in refusal(["--config", str(tmp_path)])
     (tmp_path / "latin.yaml").write_bytes("data: {negative_prompt: ü}".encode("latin-1"))
-    assert "latin.yaml: cannot be read" in refusal(["--config", str(tmp_path / "latin.yaml")])
+    assert "latin.yaml: is not UTF-8" in refusal(["--config", str(tmp_path / "latin.yaml")])
     assert refusal(["--config"]) == "--config: name a YAML file"
 
 
@@ -156,6 +195,23 @@ def test_a_recipe_that_cannot_be_read_is_refused(tmp_path):
         (["--generator", "half"], ["--generator", "half"]),
         (["--bf16", "yes"], ["yes"]),
         (["stray"], ["stray"]),
+        (["--bf16=true"], ["--bf16 takes no value"]),
+        (["--seed="], ["--seed: expected a whole number, got ''"]),
+        (["--seed", "--bf16"], ["--seed: its value is missing"]),
+        (["--seed", "1_000"], ["--seed", "'1_000'"]),
+        (["--seed", " 5"], ["--seed", "' 5'"]),
+        (["--seed", "٣"], ["--seed", "'٣'"]),
+        (["--seed", "9" * 5000], ["--seed: expected a whole number, got '999", "..."]),
+        (["--lr", "1e999"], ["--lr: expected a finite number, got '1e999'"]),
+        (["--guidance-scale", "nan"], ["--guidance-scale: expected a finite number, got 'nan'"]),
+        (["--guidance-scale", "1,-inf"], ["--guidance-scale 1,-inf: expected a finite number"]),
+        (["--save", ""], ["--save: expected a path, got ''"]),
+        (["--save", "\udcff"], ["--save: expected a path"]),
+        (["--timing-log-level", "01"], ["--timing-log-level: '01' is not one of 0, 1, 2"]),
+        (["--config="], ["--config: name a YAML file"]),
+        (["-x"], ["'-x'"]),
+        (["--"], ["'--'"]),
+        (["@file"], ["'@file'"]),
     ],
 )
 def test_a_bad_value_is_refused_by_its_flag(arguments, words):
@@ -167,21 +223,21 @@ def test_a_bad_value_is_refused_by_its_flag(arguments, words):
     ("arguments", "words"),
     [
         (["--num-steps", "5"], "--phase-steps 2,2: 2 positive numbers must add up to --num-steps 5"),
-        (["--phase-steps", "4,0"], "--phase-steps 4,0"),
+        (["--phase-steps", "4,0"], "--phase-steps 4,0: each must lie in [1, 1000]"),
         (["--phase", "3"], "--phase 3: --phase-steps names 2 phases"),
-        (["--phase", "-1"], "--phase -1: must not be negative"),
+        (["--phase", "-1"], "--phase -1: must lie in [0, 1000]"),
         (["--train-iters", "1,2,3"], "--train-iters"),
         (["--train-iters", "0"], "--train-iters"),
         (["--guidance-scale", "1,2,3"], "--guidance-scale"),
         (["--ema-decay", "1"], "--ema-decay 1.0: must lie in [0, 1)"),
         (["--generator", "full", "--bf16", "--ema-decay", "0.9"], "--ema-decay with --generator full and --bf16"),
         (["--fixed-timestep", "1"], "--fixed-timestep 1.0"),
-        (["--timestep-margin", "0.5"], "--timestep-margin 0.5"),
+        (["--timestep-margin", "0.5"], "--timestep-margin 0.5: must lie in [0, 0.5)"),
         (["--adam-beta1", "1"], "--adam-beta1"),
-        (["--lr", "0"], "--lr 0.0: must be greater than 0"),
-        (["--lr", "nan"], "--lr nan: must be greater than 0"),
-        (["--fake-lr", "inf"], "--fake-lr inf: must be greater than 0"),
-        (["--weight-decay", "-0.1"], "--weight-decay -0.1: must not be negative"),
+        (["--lr", "0"], "--lr 0.0: must lie in (0, 1]"),
+        (["--lr", "nan"], "--lr: expected a finite number, got 'nan'"),
+        (["--fake-lr", "inf"], "--fake-lr: expected a finite number, got 'inf'"),
+        (["--weight-decay", "-0.1"], "--weight-decay -0.1: must lie in [0, 100]"),
         (["--micro-batch-size", "0"], "--micro-batch-size 0"),
         (["--teacher-steps", "0"], "--teacher-steps 0"),
         (["--clips", "0"], "--clips 0"),
@@ -192,13 +248,13 @@ def test_a_bad_value_is_refused_by_its_flag(arguments, words):
         (["--overlap-param-gather"], "--overlap-param-gather: only --use-distributed-optimizer gathers weights"),
         (["--finetune"], "--finetune: says what to take from --load, which is not given"),
         (["--no-load-optim"], "--no-load-optim: says what to take from --load, which is not given"),
-        (["--clip-grad", "-1"], "--clip-grad -1.0: must not be negative"),
+        (["--clip-grad", "-1"], "--clip-grad -1.0: must lie in [0, 1000000]"),
         (["--min-lr", "1"], "--min-lr 1.0: must lie between 0 and --lr 5e-05"),
-        (["--fake-min-lr", "-1"], "--fake-min-lr -1.0: must lie between 0 and --fake-lr 4e-07"),
+        (["--fake-min-lr", "-1"], "--fake-min-lr -1.0: must lie in [0, 1]"),
         (["--fake-lr-warmup-init", "1e-6"], "--fake-lr-warmup-init 1e-06: must lie between 0 and --fake-lr 4e-07"),
-        (["--lr-warmup-init", "nan"], "--lr-warmup-init nan: must lie between 0 and --lr"),
-        (["--lr-warmup-iters", "-2"], "--lr-warmup-iters -2: must not be negative"),
-        (["--fake-lr-decay-iters", "-2"], "--fake-lr-decay-iters -2: must not be negative"),
+        (["--lr-warmup-init", "nan"], "--lr-warmup-init: expected a finite number, got 'nan'"),
+        (["--lr-warmup-iters", "-2"], "--lr-warmup-iters -2: must lie in [0, 10000000]"),
+        (["--fake-lr-decay-iters", "-2"], "--fake-lr-decay-iters -2: must lie in [0, 10000000]"),
         (["--lr-warmup-iters", "1000"], "--lr-warmup-iters 1000: must be less than a phase's --train-iters 1000"),
         (
             ["--fake-lr-warmup-iters", "9", "--fake-lr-decay-iters", "9"],
@@ -209,14 +265,52 @@ def test_a_bad_value_is_refused_by_its_flag(arguments, words):
             "--fake-lr-warmup-iters 9: the rate of the first iteration, with all updates of --fake-warmup, would be 0",
         ),
         (["--lr-decay-style", "step"], "--lr-decay-style"),
+        (["--lr", "1e38"], "--lr 1e+38: must lie in (0, 1]"),
+        (["--guidance-scale", "1,-1"], "--guidance-scale 1.0,-1.0: each must lie in [0, 100]"),
+        (["--num-steps", "1000000000"], "--num-steps 1000000000: must lie in [1, 1000]"),
+        (["--train-iters", "1000000000"], "--train-iters 1000000000: must lie in [1, 10000000]"),
+        (["--seed", str(2**63)], f"--seed {2**63}: must lie in [0, {2**63 - 1}]"),
+        (["--dry-run", str(10**12)], f"--dry-run {10**12}: must lie in [0, 16384]"),
+        (["--phase-steps", ",".join(["1"] * 10**6)], "...: 1000000 positive numbers must add up to --num-steps 4"),
         (["--timing-log-level", "3"], "--timing-log-level"),
         (["--wandb-exp-name", "a"], "--wandb-exp-name a: nothing goes to wandb without --wandb-project"),
         (["--wandb-save-dir", "a"], "--wandb-save-dir a: nothing goes to wandb without --wandb-project"),
-        (["--distributed-timeout-minutes", "0"], "--distributed-timeout-minutes 0.0: must be greater than 0"),
+        (["--distributed-timeout-minutes", "0"], "--distributed-timeout-minutes 0.0: must lie in (0, 10080]"),
     ],
 )
 def test_what_cannot_work_is_refused_by_its_flag(arguments, words):
     assert words in refusal([*NEEDED, *arguments])
+
+
+def test_every_number_has_its_limits():
+    numbers = [
+        field.name
+        for section in get_type_hints(CommandLine).values()
+        for field in dataclasses.fields(section)
+        if get_type_hints(section)[field.name] in (int, float, tuple[int, ...], tuple[float, ...])
+    ]
+    assert len(numbers) > 50 and set(numbers) == set(LIMITS)
+    assert all(limits.most < math.inf for limits in LIMITS.values())
+
+
+def test_numbers_at_their_limits_are_taken_and_all_beyond_are_refused():
+    for name, limits in LIMITS.items():
+        flag = f"--{name.replace('_', '-')}"
+        for beyond in (limits.least - 1, limits.most + 1):
+            assert refusal([*NEEDED, flag, str(beyond)]).startswith(f"{flag} {beyond}")
+
+
+def test_paths_of_the_projects_recipes_are_the_projects_from_anywhere(tmp_path, monkeypatch):
+    recipe = RECIPES[0].parent / "tiny_wan.yaml"
+    monkeypatch.chdir(RECIPES[0].parents[2])
+    config, _ = parse_arguments(["--config", str(recipe)])
+    assert (config.model.teacher, config.checkpoint.save) == (Path("examples/tiny_wan"), Path("runs/quickstart"))
+    monkeypatch.chdir(tmp_path)
+    config, _ = parse_arguments(["--config", str(recipe), "--save", "runs/x"])
+    assert config.model.teacher == RECIPES[0].parents[1] / "tiny_wan"
+    assert config.checkpoint.save == Path("runs/x")
+    own = write(tmp_path / "own.yaml", "model: {teacher: models/wan}\ndata: {prompts: prompts.txt}\n")
+    assert parse_arguments(["--config", str(own)])[0].model.teacher == Path("models/wan")
 
 
 def test_teacher_and_prompts_are_needed():
@@ -237,7 +331,7 @@ def test_help_lists_every_flag_and_exits_with_zero(capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--dry-run", "-1"], "--dry-run -1: give the number of ranks"),
+        (["--dry-run", "-1"], r"--dry-run -1: must lie in \[0, 16384\]"),
         (["--dry-run", "4", "--dry-run-rank", "4"], r"--dry-run-rank 4: must lie in \[0, 4\)"),
         (["--dry-run-rank", "1"], "--dry-run-rank: belongs to --dry-run"),
         (["--json", "report.json"], "--json: belongs to --dry-run"),

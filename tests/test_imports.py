@@ -6,22 +6,26 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-GROUND = {"config", "pdmd_kernels", "errors", "documents", "files"}
+GROUND = {"config", "pdmd_kernels", "errors", "documents", "files", "limits", "options", "environment"}
 MAY_IMPORT = {
     "pdmd_kernels": set(),
     "config": set(),
-    "errors": {"files"},
+    "errors": {"files", "options"},
     "documents": set(),
     "files": set(),
+    "limits": set(),
+    "options": {"limits"},
+    "environment": {"limits"},
+    "launch": {"environment", "errors"},
     "diffusion": {"config", "pdmd_kernels"},
-    "parallel": {"config"},
+    "parallel": {"config", "errors", "environment"},
     "distillation": {"config", "pdmd_kernels", "diffusion", "parallel"},
-    "models": {"config", "pdmd_kernels", "parallel", "documents"},
+    "models": {"config", "pdmd_kernels", "parallel", "documents", "limits"},
 }
 STANDING_ABOVE = {"data", "conversion", "evaluation", "planning"}
 BELOW = {*GROUND, "diffusion", "distillation", "models", "parallel"}
 MAY_IMPORT |= {name: BELOW | STANDING_ABOVE for name in STANDING_ABOVE}
-MAY_IMPORT["arguments"] = {"config", "errors", "documents"}
+MAY_IMPORT["arguments"] = {"config", "errors", "documents", "limits", "options", "environment"}
 MAY_IMPORT["training"] = BELOW | STANDING_ABOVE | {"arguments"}
 MAY_IMPORT["preflight"] = MAY_IMPORT["training"] | {"training"}
 MAY_IMPORT["pretrain"] = MAY_IMPORT["preflight"] | {"preflight"}

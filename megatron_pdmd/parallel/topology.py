@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from megatron_pdmd.environment import MOST_RANKS, whole_number
 from megatron_pdmd.parallel.cpu import without_cuda
 from megatron_pdmd.parallel.patience import forget_patient_group, patient_group
 
@@ -95,7 +96,7 @@ def initialize_topology(
                 f"{asked} is asked for; call destroy_topology() first"
             )
         return _current
-    world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = dist.get_world_size() if dist.is_initialized() else whole_number("WORLD_SIZE", 1, 1, MOST_RANKS)
     check_world(world_size, tensor, pipeline, context, sequence_parallel)
     device = _select_device(backend)
     if not dist.is_initialized():
@@ -193,7 +194,7 @@ def _select_device(backend: str) -> torch.device:
         if backend == "nccl":
             raise ValueError("--distributed-backend nccl needs a CUDA device and there is none; use gloo")
         return torch.device("cpu")
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_rank = whole_number("LOCAL_RANK", 0, 0, MOST_RANKS)
     if local_rank >= torch.cuda.device_count():
         raise ValueError(
             f"local rank {local_rank} has no device, this machine has {torch.cuda.device_count()}; "
@@ -210,7 +211,7 @@ def _initialize_process_group(backend: str, world_size: int, timeout: timedelta)
 
         store = FakeStore()
     elif "RANK" in os.environ and "MASTER_ADDR" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        _meet(backend, timeout)
         return
     elif world_size == 1:
         store = dist.HashStore()
@@ -219,8 +220,24 @@ def _initialize_process_group(backend: str, world_size: int, timeout: timedelta)
             f"WORLD_SIZE is {world_size} but RANK or MASTER_ADDR is not set; "
             "start the ranks with torchrun or unset WORLD_SIZE"
         )
-    rank = int(os.environ.get("RANK", "0"))
+    rank = whole_number("RANK", 0, 0, world_size - 1)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+
+
+def _meet(backend: str, timeout: timedelta) -> None:
+    """Joins the other ranks where the environment says.
+
+    Raises:
+        ValueError: they cannot be reached there.
+    """
+    try:
+        dist.init_process_group(backend, timeout=timeout)
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        place = f"MASTER_ADDR={os.environ['MASTER_ADDR']}, MASTER_PORT={os.environ.get('MASTER_PORT', '29500')}"
+        told = str(error).partition("\n")[0]
+        raise ValueError(
+            f"{place}: the ranks cannot meet there ({told}); name rank 0's machine and a free port"
+        ) from None
 
 
 def check_sizes(tensor: int, pipeline: int, context: int, sequence_parallel: bool) -> None:

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from megatron_pdmd import pretrain
 from megatron_pdmd.conversion.weight_files import write_model
 from megatron_pdmd.data.prompts import PromptEmbeddings
+from megatron_pdmd.errors import NoSpaceError, OtherRankError, require_space
 from megatron_pdmd.models import WanConfig, WanModel, to_hf_state_dict
 from megatron_pdmd.parallel import destroy_topology, initialize_topology, together, without_cuda
 from megatron_pdmd.training import torch_dist
@@ -285,24 +286,35 @@ def test_a_disk_that_is_full_for_one_node_stops_all_before_anything_is_written(r
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_a_mistake_of_one_rank_is_raised_on_all(run_ranks):
+def test_a_mistake_of_one_rank_is_raised_on_all(run_ranks, tmp_path):
     def rank() -> str:
-        with pytest.raises(ValueError, match="on rank 1") as raised, together():
+        with pytest.raises(NoSpaceError) as raised, together():
             if dist.get_rank() == 1:
-                raise ValueError("on rank 1")
+                require_space(tmp_path, 2**70, "--save")
         return str(raised.value)
 
-    assert run_ranks(rank, 2) == ["on rank 1"] * 2
+    one, other = run_ranks(rank, 2)
+    assert one == other and one.startswith(f"--save {tmp_path}: no space on disk")
 
 
 def test_a_bug_of_one_rank_ends_all_and_says_where(run_ranks):
     def rank() -> str:
-        with pytest.raises((KeyError, RuntimeError)) as raised, together():
+        with pytest.raises((KeyError, OtherRankError)) as raised, together():
             if dist.get_rank() == 1:
                 raise KeyError("a bug")
         return str(raised.value)
 
-    assert run_ranks(rank, 2) == ["another rank failed: KeyError: 'a bug'", "'a bug'"]
+    assert run_ranks(rank, 2) == ["rank 1 failed: KeyError: 'a bug'", "'a bug'"]
+
+
+def test_a_value_error_of_a_library_is_no_mistake_of_the_users_on_any_rank(run_ranks):
+    def rank() -> type[Exception]:
+        with pytest.raises((ValueError, OtherRankError)) as raised, together():
+            if dist.get_rank() == 1:
+                int("x")
+        return raised.type
+
+    assert run_ranks(rank, 2) == [OtherRankError, ValueError]
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
