@@ -1,4 +1,4 @@
-"""What a run measures and draws after an iteration, and what of it is missing where a launch ended before it was done."""
+"""What a run measures and draws after an iteration, and what of it a launch that ended early left out."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,6 @@
 """A run's folder: whose run it is, and whether a launch may continue it."""
 
 from dataclasses import fields, is_dataclass
-from pathlib import Path
 from typing import Any
 
 from megatron_pdmd.arguments import load_recipe, to_yaml

@@ -1,4 +1,4 @@
-"""A run's metrics.jsonl and evaluations.jsonl as a launch finds them: read line by line, and cut back to a checkpoint."""
+"""A run's metrics.jsonl and evaluations.jsonl as a launch finds them, and cutting them back to a checkpoint."""
 
 from collections.abc import Iterator
 from pathlib import Path

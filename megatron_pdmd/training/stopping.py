@@ -50,9 +50,7 @@ class StopRequest:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-        if (
-            self.reason is None
-        ):  # one that came after the last agreement ends the process, as if it came after the block
+        if self.reason is None:  # a signal after the last agreement ends the process, as one after the block does
             for name in sorted(self._signals):
                 os.kill(os.getpid(), signal.Signals[name])
 
