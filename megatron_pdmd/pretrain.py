@@ -24,7 +24,8 @@ from megatron_pdmd.training.checkpointing import CheckpointError, latest_checkpo
 from megatron_pdmd.training.networks import Networks
 from megatron_pdmd.training.outcome import evaluate_moving_digits, export_run, phase_summaries, write_summary
 from megatron_pdmd.training.phase import check_batch
-from megatron_pdmd.training.run_folder import claim_run_folder, cut_metrics
+from megatron_pdmd.training.run_folder import claim_run_folder
+from megatron_pdmd.training.run_log import cut_log
 from megatron_pdmd.training.trainer import Start, Trainer
 from megatron_pdmd.training.wandb_log import WandbLog
 from pdmd_kernels import use_backend
@@ -65,14 +66,14 @@ def run(plan: Plan) -> int:
         if topology.rank == 0:
             claim_run_folder(plan.config)
             for name in ("metrics.jsonl", "evaluations.jsonl"):
-                cut_metrics(plan.config.checkpoint.save / name, trainer.progress.iteration)
+                if told := cut_log(plan.config.checkpoint.save / name, trainer.progress.iteration):
+                    tell(topology, told)
             wandb = open_wandb(plan.config)
         if start and not start.finetune:
             tell(topology, resume_line(start.checkpoint, trainer.position))
     with user_errors(NoSpaceError), user_errors(CheckpointError):
         reason = trainer.run(wandb)
-        if trainer.finished:
-            reason = None
+        if trainer.finished and not reason:
             finish(plan, topology, networks, trainer)
     if reason and topology.rank == 0:
         print(f"stopped by {reason} after {trainer.position}, saved; the same command continues")
@@ -114,7 +115,7 @@ def find_start(config: Config) -> Start | None:
     options = config.checkpoint
     own = latest_checkpoint(options.save / "checkpoints")
     if own:
-        return Start(own)
+        return Start(own, own=True)
     if options.load is None:
         return None
     loaded = latest_checkpoint(options.load / "checkpoints")

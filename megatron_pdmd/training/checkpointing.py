@@ -10,8 +10,8 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,67 +20,19 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_pdmd.errors import require_space
+from megatron_pdmd.files import synchronise, write_text
 from megatron_pdmd.parallel.agreement import together
 from megatron_pdmd.parallel.patience import new_patient_group
 from megatron_pdmd.parallel.topology import current_topology
-from megatron_pdmd.training.interval import Sums
+from megatron_pdmd.training.manifest import CheckpointError, Manifest, Progress, checkpoint_name
 from megatron_pdmd.training.sharded_state import Shard, with_prefix
 from megatron_pdmd.training.torch_dist import read_index, read_shards, write_shards
 
-FORMAT_VERSION = 3
 TRACKER = "latest_checkpointed_iteration.txt"
-MANIFEST = "metadata.json"
 _REPLACED = ".replaced"
+_FOLDER = re.compile("iter_[0-9]{7,18}", re.ASCII)
 
 States = Mapping[str, Mapping[str, Shard]]
-
-
-class CheckpointError(ValueError):
-    """A checkpoint cannot be used."""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a run has come.
-
-    Attributes:
-        iteration: generator updates done in the whole run.
-        phase: 1-based phase that the next iteration belongs to (or the last one, when it is done).
-        phase_iteration: generator updates done in that phase.
-        consumed_samples: samples that generator updates have used; where the run is in its data.
-        skipped_updates: updates left out because a loss or a gradient norm was not finite.
-        train_seconds: wall time of training in all launches: iterations, sample sheets, checkpoints.
-    """
-
-    iteration: int = 0
-    phase: int = 1
-    phase_iteration: int = 0
-    consumed_samples: int = 0
-    skipped_updates: int = 0
-    train_seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a checkpoint knows besides its tensors. With `Progress`, the seed is the whole state of the random counter.
-
-    Attributes:
-        progress: how far the run was.
-        optimizer_steps: updates that each optimizer has made.
-        seed: of the random counter.
-        models: the network's shape for each of the teacher's experts, by the config's fields.
-        layout: ranks along each axis that wrote it; for the reader's information.
-        open_updates: what was to be logged of each fake update that was done of an unfinished iteration.
-        log_interval_sums: what the next log entry's means have summed up; see `training.interval`.
-    """
-
-    progress: Progress
-    optimizer_steps: dict[str, int] = field(default_factory=dict)
-    seed: int = 0
-    models: dict[str, dict[str, Any]] = field(default_factory=dict)
-    layout: dict[str, int] = field(default_factory=dict)
-    open_updates: list[dict[str, float]] = field(default_factory=list)
-    log_interval_sums: Sums = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -91,11 +43,13 @@ class Checkpoint:
         folder: where it is.
         manifest: what it knows besides its tensors.
         index: its tensors.
+        remark: what to tell of how it was found, if anything.
     """
 
     folder: Path
     manifest: Manifest
     index: Metadata
+    remark: str = ""
 
     @property
     def progress(self) -> Progress:
@@ -237,48 +191,96 @@ class CheckpointWriter:
     def _finish(self, partial: Path, manifest: Manifest) -> None:
         """Makes a folder whose tensors are written the run's last checkpoint, and removes old ones."""
         finished = partial.with_suffix("")
-        content = {"format_version": FORMAT_VERSION, "ckpt_format": "torch_dist"} | asdict(manifest)
-        (partial / MANIFEST).write_text(json.dumps(content, indent=2) + "\n")
-        _sync(partial / MANIFEST, partial)
+        manifest.write(partial)
+        synchronise(partial)
         if finished.exists():  # an iteration that was open was saved before, after fewer of its updates
             finished.rename(finished.with_suffix(_REPLACED))
         partial.rename(finished)
-        tracker = self._folder / f"{TRACKER}.partial"
-        tracker.write_text(f"{manifest.progress.iteration}\n")
-        _sync(tracker)
-        tracker.replace(self._folder / TRACKER)
-        _sync(self._folder)
+        write_text(self._folder / TRACKER, f"{manifest.progress.iteration}\n")
+        synchronise(self._folder)
         for replaced in self._folder.glob(f"iter_*{_REPLACED}"):
             shutil.rmtree(replaced)
         if self._keep_last:
-            saved = sorted(path for path in self._folder.glob("iter_" + "[0-9]" * 7) if path.name <= finished.name)
-            for old in saved[: -self._keep_last]:
+            saved = [path for path in saved_folders(self._folder) if _number(path) <= manifest.progress.iteration]
+            for old in saved[self._keep_last :]:
                 shutil.rmtree(old)
-
-
-def checkpoint_name(iteration: int) -> str:
-    """Megatron's folder name of an iteration."""
-    return f"iter_{iteration:07d}"
 
 
 def latest_checkpoint(folder: Path) -> Checkpoint | None:
     """The checkpoint that the tracker names, or None where there is none yet.
 
+    Where the tracker is missing or damaged it is the newest whole one, and its `remark` says so. Where the one that it
+    names is not whole, none is taken in its stead: that would repeat training which the user believes to have.
+
     Raises:
-        ValueError: the tracker, the manifest or a file is missing, damaged or of another version.
+        ValueError: a manifest or a file is missing, damaged or of another version.
     """
     tracker = folder / TRACKER
-    if not tracker.exists():
+    text = tracker.read_bytes()[:40].decode(errors="replace").strip() if tracker.is_file() else None
+    if text is None or not re.fullmatch("[0-9]{1,18}", text, re.ASCII):
+        return _found_again(folder, "missing" if text is None else f"damaged ({text!r} is no iteration)")
+    named = folder / checkpoint_name(int(text))
+    replaced = named.with_suffix(_REPLACED)
+    if replaced.exists() and not named.exists():  # a crash came between two renames
+        named = replaced
+    try:
+        return _read(named)
+    except ValueError as error:
+        older = next((found for found in _whole_ones(folder) if found.progress.iteration < int(text)), None)
+        if older is None:
+            raise
+        number = older.progress.iteration
+        mend = f"{older.folder.name} is whole: write {number} into {tracker} to go on from there"
+        raise CheckpointError(f"{str(error).rpartition(';')[0]}; {mend}") from None
+
+
+def saved_folders(folder: Path) -> list[Path]:
+    """Folders of a run's checkpoints, whole or not, the newest first."""
+    found = [path for path in folder.glob("iter_*") if _FOLDER.fullmatch(path.name)]
+    return sorted(found, key=_number, reverse=True)
+
+
+def _number(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("iter_").removesuffix(_REPLACED))
+
+
+def _read(checkpoint: Path) -> Checkpoint:
+    """Reads the manifest and the index.
+
+    Raises:
+        ValueError: one is missing or damaged, or a file of tensors is.
+    """
+    return Checkpoint(checkpoint, Manifest.read(checkpoint), read_index(checkpoint))
+
+
+def _whole_ones(folder: Path) -> Iterator[Checkpoint]:
+    """The checkpoints of a run that can be used, the newest first."""
+    replaced = [path for path in folder.glob(f"iter_*{_REPLACED}") if _FOLDER.fullmatch(path.with_suffix("").name)]
+    alone = [path for path in replaced if not path.with_suffix("").exists()]
+    for path in sorted([*saved_folders(folder), *alone], key=_number, reverse=True):
+        try:
+            yield _read(path)
+        except ValueError:
+            continue
+
+
+def _found_again(folder: Path, state: str) -> Checkpoint | None:
+    """The newest whole checkpoint of a folder whose tracker is missing or damaged; None where there are none at all.
+
+    Raises:
+        CheckpointError: there are folders of checkpoints, of which none is whole.
+    """
+    newest, found = next(iter(saved_folders(folder)), None), next(_whole_ones(folder), None)
+    if found is None and (newest is not None or state != "missing"):
+        raise CheckpointError(
+            f"{folder / TRACKER}: is {state}, and no checkpoint beside it is whole; move {folder} away to begin anew"
+        )
+    if found is None:
         return None
-    text = tracker.read_text(errors="replace").strip()
-    if not re.fullmatch("[0-9]{1,18}", text):
-        raise ValueError(f"{tracker}: expected an iteration number, got '{text[:40]}'")
-    checkpoint = folder / checkpoint_name(int(text))
-    replaced = checkpoint.with_suffix(_REPLACED)
-    if replaced.exists() and not checkpoint.exists():  # a crash came between two renames
-        checkpoint = replaced
-    manifest = _read_manifest(checkpoint)
-    return Checkpoint(checkpoint, manifest, read_index(checkpoint))
+    remark = f"{folder / TRACKER} is {state}: the newest whole checkpoint is {found.folder.name}"
+    if newest is not None and newest != found.folder:
+        remark += f" ({newest.name} is not whole)"
+    return replace(found, remark=remark)
 
 
 def check_models(checkpoint: Checkpoint, models: Mapping[str, Mapping[str, Any]]) -> None:
@@ -303,50 +305,3 @@ def check_models(checkpoint: Checkpoint, models: Mapping[str, Mapping[str, Any]]
                     f"{checkpoint.folder}: was saved of another model: {name} of {expert} is {other} there, {one} in "
                     "--teacher; give that teacher"
                 )
-
-
-def _sync(*paths: Path) -> None:
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _read_manifest(checkpoint: Path) -> Manifest:
-    path = checkpoint / MANIFEST
-    try:
-        content: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"{checkpoint}: named by {TRACKER} but incomplete; point the tracker at another one") from None
-    except ValueError:
-        content = None
-    version = content.get("format_version") if isinstance(content, dict) else None
-    if isinstance(version, int) and version != FORMAT_VERSION:
-        raise ValueError(f"{checkpoint}: format version {version}; this program reads version {FORMAT_VERSION}")
-    if version != FORMAT_VERSION or not _is_manifest(content):
-        raise ValueError(f"{path}: not a checkpoint's manifest; resume from another checkpoint")
-    names = ("optimizer_steps", "seed", "models", "layout", "open_updates", "log_interval_sums")
-    return Manifest(progress=Progress(**content["progress"]), **{name: content[name] for name in names})
-
-
-def _is_manifest(content: dict[str, Any]) -> bool:
-    progress, types = content.get("progress"), {one.name: one.type for one in fields(Progress)}
-    names = ("optimizer_steps", "models", "layout", "open_updates", "log_interval_sums")
-    steps, models, layout, updates, sums = (content.get(name) for name in names)
-    return (
-        isinstance(progress, dict)
-        and {name: type(value) for name, value in progress.items()} == types
-        and type(content.get("seed")) is int
-        and isinstance(steps, dict)
-        and all(type(count) is int and count >= 0 for count in steps.values())
-        and isinstance(models, dict)
-        and all(isinstance(shape, dict) for shape in models.values())
-        and isinstance(layout, dict)
-        and isinstance(updates, list)
-        and all(isinstance(update, dict) for update in updates)
-        and all(type(number) in (int, float) for update in updates for number in update.values())
-        and isinstance(sums, dict)
-        and all(isinstance(pair, list) and [type(x) for x in pair] == [float, float] for pair in sums.values())
-    )

@@ -1,8 +1,6 @@
-"""A run's folder: whose run it is, whether a launch may continue it, and cutting its logs back to a checkpoint."""
+"""A run's folder: whose run it is, and whether a launch may continue it."""
 
-import json
 from dataclasses import fields, is_dataclass
-from pathlib import Path
 from typing import Any
 
 from megatron_pdmd.arguments import load_recipe, to_yaml
@@ -63,19 +61,3 @@ def claim_run_folder(config: Config) -> None:
     """Creates the folder and writes the resolved configuration. Call it on one rank, after `check_run_folder`."""
     config.checkpoint.save.mkdir(parents=True, exist_ok=True)
     (config.checkpoint.save / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-
-
-def cut_metrics(path: Path, iteration: int) -> None:
-    """Drops the logged iterations after `iteration` from a metrics.jsonl, which a resumed run will log again."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["iteration"] <= iteration:
-                kept.append(line + "\n")
-        except (ValueError, KeyError):  # a line that a killed run left half-written
-            continue
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(kept), encoding="utf-8")
-    partial.replace(path)

@@ -1,9 +1,11 @@
 """Sample sheets of a run: the teacher's many steps beside the student's few, from the same noise."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -11,9 +13,11 @@ from megatron_pdmd.config import Config
 from megatron_pdmd.conversion.pipeline_folder import read_pipeline
 from megatron_pdmd.conversion.vae import decoded_clips
 from megatron_pdmd.evaluation.sheets import save_animation, save_contact_sheet, shrunk
+from megatron_pdmd.files import synchronise
 from megatron_pdmd.parallel.agreement import together
 from megatron_pdmd.parallel.patience import patient_group
 from megatron_pdmd.training.fixed_samples import FixedSamples, spread
+from megatron_pdmd.training.milestones import sheet_files
 from megatron_pdmd.training.sampling import Sampler
 
 
@@ -71,11 +75,11 @@ class SampleSheets:
         label = f"student, {len(plan.times) - 1} steps" + (", then teacher" if plan.times[-1] > 0 else "")
         steps = self.config.evaluation.teacher_steps
         pixels = {f"teacher, {steps} steps": self._teacher_pixels, label: self._pixels(student[rows])}
-        folder, name = self.config.checkpoint.save / "samples", f"iter_{iteration:07d}"
         prompts = [sampler.prompts.prompts[chosen[row]] for row in rows]
-        save_contact_sheet(folder / f"{name}.png", pixels, prompts)
         pairs = torch.stack(list(pixels.values()), dim=1).flatten(0, 1)
-        save_animation(folder / f"{name}.gif", pairs, columns=len(pixels))
+        with _put_into_place(self.config.checkpoint.save, iteration) as (sheet, animation):
+            save_contact_sheet(sheet, pixels, prompts)
+            save_animation(animation, pairs, columns=len(pixels))
 
     def _pixels(self, latents: torch.Tensor) -> torch.Tensor:
         """Decodes one clip after another on the CPU, for the devices are full, and keeps each in a tile's size."""
@@ -84,6 +88,26 @@ class SampleSheets:
             return latents
         with _all_cores():
             return torch.cat([shrunk(clip) for clip in decoded_clips(source, latents)])
+
+
+@contextmanager
+def _put_into_place(run: Path, iteration: int) -> Iterator[tuple[Path, Path]]:
+    """Where to draw a sheet and its animation, which then go to their places, or nowhere when drawing fails.
+
+    So what is in its place is whole, and a launch that goes on knows what is left to draw.
+    """
+    sheet, animation = sheet_files(run, iteration)
+    beside = run / ".samples.partial"
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    try:
+        yield beside / sheet.name, beside / animation.name
+        sheet.parent.mkdir(exist_ok=True)
+        for drawn in sorted(beside.iterdir()):
+            synchronise(drawn)
+            drawn.replace(sheet.with_name(drawn.name))
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 @contextmanager

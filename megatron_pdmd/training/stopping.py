@@ -1,5 +1,6 @@
 """Stopping a run between two updates: at a signal or a limit on any rank, agreed by all of them."""
 
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -49,15 +50,18 @@ class StopRequest:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+        if self.reason is None:  # a signal after the last agreement ends the process, as one after the block does
+            for name in sorted(self._signals):
+                os.kill(os.getpid(), signal.Signals[name])
 
-    def agree(self, iterations: int) -> None:
+    def agree(self, iterations: int | None) -> None:
         """Sets `reason` and `save_is_due` to what any rank wants. Called on all ranks, between updates.
 
         It is one all-reduce of a number in CPU memory: no device is waited for, and a rank that still writes or draws
         is waited for with patience.
 
         Args:
-            iterations: done in this launch.
+            iterations: done in this launch; None where nothing is left to train, so that only signals stop it.
         """
         own = self._wanted(iterations)
         wanted = torch.tensor(sum(1 << bit for bit, name in enumerate(_WISHES) if name in own))
@@ -74,8 +78,10 @@ class StopRequest:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._signals.add(signal.Signals(number).name)
 
-    def _wanted(self, iterations: int) -> set[str]:
+    def _wanted(self, iterations: int | None) -> set[str]:
         """What this rank wants."""
+        if iterations is None:
+            return set(self._signals)
         training, now = self._training, time.monotonic()
         limits = {
             "--exit-duration-in-mins": (training.exit_duration_in_mins, (now - self._started) / 60),

@@ -24,6 +24,7 @@ from megatron_pdmd.training.checkpointing import (
 from megatron_pdmd.training.instruments import Instruments
 from megatron_pdmd.training.interval import IntervalMeans, closes_interval
 from megatron_pdmd.training.metrics_log import MetricsLog
+from megatron_pdmd.training.milestones import Milestones
 from megatron_pdmd.training.networks import Networks
 from megatron_pdmd.training.phase import Metrics, PhaseTrainer
 from megatron_pdmd.training.sampling import SAMPLING_PHASE, Sampler
@@ -41,11 +42,13 @@ class Start:
         checkpoint: where from.
         optimizers: their states too (not with `--no-load-optim`, nor with `finetune`).
         finetune: the weights alone, to begin with iteration 0 of phase 1.
+        own: it is the run's own, whose folder has what was drawn and measured until then.
     """
 
     checkpoint: Checkpoint
     optimizers: bool = True
     finetune: bool = False
+    own: bool = False
 
 
 class Trainer:
@@ -81,6 +84,7 @@ class Trainer:
         self._open_updates: list[Metrics] = []
         self._clock = time.monotonic()
         self._start: Start | None = None
+        self._left = Milestones()  # what the launch before left out of what was due where this one begins
         self.progress = Progress()
 
     def phase_iterations(self, phase: int) -> int:
@@ -110,8 +114,12 @@ class Trainer:
             raise ValueError(
                 f"--phase {alone}: phase {alone - 1} is not trained yet; train it first, or leave --phase out"
             )
+        if start and start.own and self.progress.iteration and not self._open_updates:
+            number, done = self.progress.iteration, self._phase_is_done(self.progress.phase)
+            due = Milestones.after(self._config, number, ends_phase=done)
+            self._left = due.missing(self._config.checkpoint.save, number)
         for phase in self._plan.phases:
-            if self._phase_is_done(phase.index):
+            if self._is_behind(phase):
                 self._networks.add_expert(phase.index, phase.expert)
                 self._load_expert(phase, start.checkpoint)
 
@@ -136,7 +144,10 @@ class Trainer:
         stop = StopRequest(self._config.training, options)
         with stop.on_signals(), self._instruments.bar.shown():
             for phase in self._plan.phases:
-                if self._phase_is_done(phase.index):
+                if self._is_behind(phase):
+                    if phase.index == self.progress.phase and self._left.sheet:
+                        self._draw_sheet()
+                        self._left = Milestones()
                     continue
                 if alone and phase.index > alone:
                     break
@@ -146,14 +157,15 @@ class Trainer:
                 self._clock = time.monotonic()
                 self._train_phase(phase, writer, log, stop)
                 if not stop.reason:  # when the phase's memory is free again, and its weights are saved
-                    with self._instruments.between("sheet", self.progress.iteration):
-                        self._validation.sheets.draw(self._fixed_sampler(), self.progress.iteration)
+                    self._draw_sheet()
                 self._count_time()
                 if stop.reason:
                     break
-        writer.close()
-        if log:
-            log.close()
+            writer.close()
+            if log:
+                log.close()
+            if not stop.reason:  # a signal during the last sheet: what comes after training is another launch's
+                stop.agree(None)
         return stop.reason
 
     @property
@@ -186,6 +198,11 @@ class Trainer:
         ahead = phase < self.progress.phase
         return ahead or (phase == self.progress.phase and self.progress.phase_iteration >= self.phase_iterations(phase))
 
+    def _is_behind(self, phase: Phase) -> bool:
+        """Whether nothing of a phase is left but perhaps its sheet; an evaluation needs its fake score."""
+        evaluates = phase.index == self.progress.phase and self._left.evaluation
+        return self._phase_is_done(phase.index) and not evaluates
+
     def _train_phase(self, phase: Phase, writer: CheckpointWriter, log: MetricsLog | None, stop: StopRequest) -> None:
         iteration = Iteration(
             self._config.method, self._plan, phase, self._schedule, self._latent_shape, self._topology.device
@@ -204,12 +221,14 @@ class Trainer:
                 stop.saved()
             return stop.reason is not None
 
+        self._make_up(iteration, log)
         while self.progress.phase_iteration < count and not stop.reason:
             if self._train_iteration(trainer, log, between_updates):
                 last = self.progress.phase_iteration == count
                 between_updates(save=last or bool(every and self.progress.iteration % every == 0))
                 if not stop.reason:
-                    self._evaluate(iteration, log, last)
+                    due = Milestones.after(self._config, self.progress.iteration, ends_phase=last)
+                    self._evaluate(iteration, log, due, last)
         trainer.release()
         self._networks.finish_phase(phase.index)
 
@@ -300,16 +319,23 @@ class Trainer:
         """For evaluations and sheets: one prompt at a time, dealt to the replicas."""
         return replace(self.sampler(), prompts=self._eval_prompts, batch_size=1)
 
-    def _evaluate(self, iteration: Iteration, log: MetricsLog | None, last: bool) -> None:
+    def _make_up(self, iteration: Iteration, log: MetricsLog | None) -> None:
+        """What the launch before this one left out of what was due in this phase where this one begins."""
+        left, self._left = self._left, Milestones()
+        self._evaluate(iteration, log, left, self._phase_is_done(iteration.phase.index))
+
+    def _evaluate(self, iteration: Iteration, log: MetricsLog | None, due: Milestones, last: bool) -> None:
         """The evaluation or the sheet that is due; the sheet of a phase's end is drawn after it."""
-        number, options = self.progress.iteration, self._config
-        every, phase = options.logging.sample_interval, iteration.phase.index
-        if options.evaluation.eval_interval and number % options.evaluation.eval_interval == 0:
+        number, phase = self.progress.iteration, iteration.phase.index
+        if due.evaluation:
             with self._instruments.between("evaluation", number):
                 found = self._validation.evaluate(self._fixed_sampler(), iteration, number, draw=not last)
                 movement = self._networks.movement(phase).item()
             if log:
                 log.write_evaluation({"iteration": number, "phase": phase, "generator_movement": movement} | found)
-        elif every and number % every == 0 and not last:
-            with self._instruments.between("sheet", number):
-                self._validation.sheets.draw(self._fixed_sampler(), number)
+        elif due.sheet and not last:
+            self._draw_sheet()
+
+    def _draw_sheet(self) -> None:
+        with self._instruments.between("sheet", self.progress.iteration):
+            self._validation.sheets.draw(self._fixed_sampler(), self.progress.iteration)

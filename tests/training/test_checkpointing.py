@@ -25,6 +25,7 @@ from megatron_pdmd.training.checkpointing import (
     check_models,
     latest_checkpoint,
 )
+from megatron_pdmd.training.manifest import FORMAT_VERSION, MANIFEST
 from megatron_pdmd.training.sharded_state import Shard
 
 pytestmark = pytest.mark.usefixtures("topology")
@@ -43,9 +44,8 @@ def states(value: float) -> dict[str, dict[str, Shard]]:
 
 
 def manifest_of(iteration: int) -> Manifest:
-    return Manifest(
-        Progress(iteration, consumed_samples=7), {"fake": 3}, 42, {"single": {"num_layers": 2}}, {"data": 1}
-    )
+    progress = Progress(iteration, phase_iteration=iteration, consumed_samples=7 * iteration)
+    return Manifest(progress, {"fake": 3}, 42, {"single": {"num_layers": 2}}, {"data": 1})
 
 
 def save(folder: Path, iteration: int, **options) -> Path:
@@ -134,7 +134,7 @@ def test_a_crash_at_any_stage_leaves_the_last_good_checkpoint(owner, name, async
 @pytest.mark.parametrize("asynchronous", [False, True])
 @pytest.mark.parametrize(
     ("owner", "name", "survivors"),
-    [(Path, "write_text", {1, 2}), (Path, "rename", {1}), (Path, "replace", {2}), (shutil, "rmtree", {2})],
+    [(Path, "write_text", {1, 2}), (Path, "rename", {1}), (Path, "replace", {1, 2}), (shutil, "rmtree", {2})],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_crash_while_an_open_iteration_is_saved_again_leaves_the_one_or_the_other(
@@ -274,26 +274,57 @@ def test_a_full_disk_is_told_before_anything_is_written(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("text", ["", "abc", "-1", "1.5", "1e3", "release", "9" * 5000, "1\n2", "../1", "²", "\x00"])
-def test_a_tracker_of_garbage_is_refused(tmp_path, text):
+def test_a_tracker_of_garbage_is_found_again_from_the_folders_and_it_is_said(tmp_path, text):
     save(tmp_path, 1)
     (tmp_path / checkpointing.TRACKER).write_text(text)
-    with pytest.raises(ValueError, match=checkpointing.TRACKER):
+    found = latest_checkpoint(tmp_path)
+    assert found.progress.iteration == 1
+    assert found.remark.startswith(f"{tmp_path / checkpointing.TRACKER} is damaged (")
+    assert found.remark.endswith("the newest whole checkpoint is iter_0000001") and "\n" not in found.remark
+
+
+def test_a_missing_tracker_is_found_again_from_the_newest_whole_folder(tmp_path):
+    for iteration in (1, 2, 10_000_000):
+        save(tmp_path, iteration)
+    assert latest_checkpoint(tmp_path).remark == ""
+    tracker = tmp_path / checkpointing.TRACKER
+    tracker.unlink()
+    assert latest_checkpoint(tmp_path).progress.iteration == 10_000_000
+    (tmp_path / "iter_10000000" / ".metadata").unlink()
+    found = latest_checkpoint(tmp_path)
+    assert found.progress.iteration == 2
+    told = f"{tracker} is missing: the newest whole checkpoint is iter_0000002 (iter_10000000 is not whole)"
+    assert found.remark == told
+    (tmp_path / "iter_0000002").rename(tmp_path / "iter_0000002.replaced")
+    assert latest_checkpoint(tmp_path).folder.name == "iter_0000002.replaced"
+    for path in tmp_path.glob("iter_*"):
+        (path / MANIFEST).unlink()
+    with pytest.raises(CheckpointError, match=r"is missing, and no checkpoint beside it is whole; move .* away"):
         latest_checkpoint(tmp_path)
 
 
-def test_a_tracker_of_other_bytes_or_of_a_checkpoint_that_is_gone_is_refused(tmp_path):
+def test_a_tracker_of_a_checkpoint_that_is_not_whole_is_refused_and_the_one_before_named(tmp_path):
+    for iteration in (1, 2, 3):
+        save(tmp_path, iteration)
+    next((tmp_path / "iter_0000003").glob("*.distcp")).unlink()
+    with pytest.raises(ValueError, match=r"iter_0000003: \S+ is missing; iter_0000002 is whole: write 2 into .*"):
+        latest_checkpoint(tmp_path)
+    (tmp_path / checkpointing.TRACKER).write_text("2\n")
+    assert_whole(tmp_path, {2})
+
+
+def test_a_tracker_of_other_bytes_or_of_a_checkpoint_that_is_gone(tmp_path):
     folder = save(tmp_path, 1)
     (tmp_path / checkpointing.TRACKER).write_bytes(b"\xff\xfe1")
-    with pytest.raises(ValueError, match=checkpointing.TRACKER):
-        latest_checkpoint(tmp_path)
+    assert "damaged" in latest_checkpoint(tmp_path).remark
     (tmp_path / checkpointing.TRACKER).write_text("2")
-    with pytest.raises(ValueError, match=r"iter_0000002.*incomplete"):
+    with pytest.raises(ValueError, match=r"iter_0000002.*incomplete.*write 1 into"):
         latest_checkpoint(tmp_path)
     (tmp_path / "iter_0000002").write_bytes(b"")
     with pytest.raises(ValueError, match=r"iter_0000002.*incomplete"):
         latest_checkpoint(tmp_path)
     (tmp_path / checkpointing.TRACKER).write_text("1")
-    (folder / checkpointing.MANIFEST).unlink()
+    (folder / MANIFEST).unlink()
     with pytest.raises(ValueError, match=r"iter_0000001.*incomplete"):
         latest_checkpoint(tmp_path)
 
@@ -301,9 +332,13 @@ def test_a_tracker_of_other_bytes_or_of_a_checkpoint_that_is_gone_is_refused(tmp
 PROGRESS = asdict(Progress())
 
 
+def progress_with(**changes) -> dict:
+    return asdict(manifest_of(1).progress) | changes
+
+
 def content_with(**changes) -> bytes:
     """A manifest with something wrong."""
-    good = {"format_version": checkpointing.FORMAT_VERSION, "ckpt_format": "torch_dist"} | asdict(manifest_of(1))
+    good = {"format_version": FORMAT_VERSION, "ckpt_format": "torch_dist"} | asdict(manifest_of(1))
     return json.dumps(good | changes).encode()
 
 
@@ -319,12 +354,15 @@ def content_with(**changes) -> bytes:
         b'{"format_version": 3}',
         content_with(format_version="2"),
         content_with(progress=PROGRESS | {"more": 1}),
+        content_with(progress=PROGRESS | {"iteration": True}),
+        content_with(progress=PROGRESS | {"train_seconds": float("nan")}),
+        content_with(log_interval_sums={"a": [1.0]}),
+        b"[" * 100000,
         content_with(progress=PROGRESS | {"iteration": "5"}),
         content_with(progress={"iteration": 5}),
         content_with(progress=[1]),
         content_with(seed=1.5),
         content_with(optimizer_steps={"fake": "3"}),
-        content_with(optimizer_steps={"fake": -3}),
         content_with(optimizer_steps=[]),
         content_with(models={"single": 3}),
         content_with(layout=None),
@@ -335,14 +373,55 @@ def content_with(**changes) -> bytes:
 )
 def test_a_foreign_or_damaged_manifest_is_refused(tmp_path, content):
     folder = save(tmp_path, 1)
-    (folder / checkpointing.MANIFEST).write_bytes(content)
-    with pytest.raises(ValueError, match=rf"{checkpointing.MANIFEST}: not a checkpoint's manifest"):
+    (folder / MANIFEST).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{MANIFEST}: not a checkpoint's manifest"):
         latest_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (content_with(progress=progress_with(phase=99)), "phase is 99, with 1 of the run's 1 iterations"),
+        (content_with(progress=progress_with(phase=0)), "phase is 0"),
+        (content_with(progress=progress_with(phase=2)), "phase is 2"),
+        (content_with(progress=progress_with(phase_iteration=5)), "phase is 1, with 5 of the run's 1 iterations"),
+        (content_with(progress=progress_with(phase_iteration=-1)), "phase_iteration is -1"),
+        (content_with(progress=progress_with(iteration=2, phase_iteration=2)), "iteration is 2 in a folder of that"),
+        (content_with(progress=progress_with(consumed_samples=0)), "1 iterations consumed 0 samples"),
+        (content_with(progress=progress_with(consumed_samples=10**30)), "consumed_samples is 1000"),
+        (content_with(progress=progress_with(skipped_updates=-3)), "skipped_updates is -3"),
+        (content_with(progress=progress_with(train_seconds=-1.0)), "train_seconds is -1.0"),
+        (content_with(progress=progress_with(train_seconds=1e300)), "train_seconds is 1e[+]300"),
+        (content_with(optimizer_steps={"generator": 2}), "the generator made 2 updates in 1 iterations"),
+        (content_with(optimizer_steps={"fake": -3}), "fake is -3"),
+        (content_with(seed=-1), "seed is -1"),
+        (content_with(seed=2**64), "seed is"),
+    ],
+)
+def test_a_manifest_that_contradicts_itself_is_refused(tmp_path, content, words):
+    folder = save(tmp_path, 1)
+    (folder / MANIFEST).write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"{MANIFEST}: {words}.*, which cannot be; go on from"):
+        latest_checkpoint(tmp_path)
+
+
+def test_numbers_that_are_not_finite_come_back_from_valid_json(tmp_path):
+    nan = float("nan")
+    odd = replace(
+        manifest_of(1), open_updates=[{"fake_loss": nan, "skipped_updates": 1}], log_interval_sums={"a": [nan, 2.0]}
+    )
+    writer = CheckpointWriter(tmp_path)
+    writer.save(odd, states(1.0))
+    writer.close()
+    content = (tmp_path / "iter_0000001" / MANIFEST).read_text()
+    assert "NaN" not in content and json.loads(content)["open_updates"] == [{"fake_loss": None, "skipped_updates": 1}]
+    found = latest_checkpoint(tmp_path).manifest
+    assert repr(found) == repr(odd)
 
 
 def test_another_version_is_named_whatever_else_it_holds(tmp_path):
     folder = save(tmp_path, 1)
-    (folder / checkpointing.MANIFEST).write_text(json.dumps({"format_version": 2, "files": ["generator"]}))
+    (folder / MANIFEST).write_text(json.dumps({"format_version": 2, "files": ["generator"]}))
     with pytest.raises(ValueError, match=r"format version 2; this program reads version 3"):
         latest_checkpoint(tmp_path)
 
@@ -461,9 +540,12 @@ def test_nothing_that_could_run_is_unpickled(tmp_path):
         found = latest_checkpoint(tmp_path / "checkpoints")
         read(found, "generator")
 
-    for name in (torch_dist.INDEX, checkpointing.MANIFEST, f"../{checkpointing.TRACKER}"):
+    for name in (torch_dist.INDEX, MANIFEST, f"../{checkpointing.TRACKER}"):
         for payload in (pickle.dumps(Bomb(marker)), pickle.dumps([Bomb(marker)])):
             (folder / name).write_bytes(payload)
+            if name == f"../{checkpointing.TRACKER}":
+                load()  # found again from the folders
+                continue
             with pytest.raises(ValueError):
                 load()
         folder = save(tmp_path / "checkpoints", 1)

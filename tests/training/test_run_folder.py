@@ -1,6 +1,5 @@
-"""Whose run a folder holds, and cutting its log back to a checkpoint."""
+"""Whose run a folder holds."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from megatron_pdmd.config import (
     OptimizerConfig,
     TrainingConfig,
 )
-from megatron_pdmd.training.run_folder import check_run_folder, claim_run_folder, cut_metrics, differing_fields
+from megatron_pdmd.training.run_folder import check_run_folder, claim_run_folder, differing_fields
 
 
 def config(save: Path, load: Path | None = None, **changes) -> Config:
@@ -98,15 +97,3 @@ def test_a_damaged_config_of_a_run_is_one_line_that_names_it(tmp_path):
 
 def test_equal_configurations_do_not_differ(tmp_path):
     assert differing_fields(config(tmp_path), config(tmp_path / "elsewhere")) == []
-
-
-def test_the_log_is_cut_back_to_the_checkpoint(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    cut_metrics(path, 3)
-    assert not path.exists()
-    lines = [json.dumps({"iteration": i, "fake_loss": i / 3}) for i in range(1, 6)]
-    path.write_text("\n".join(lines) + '\n{"iteration": 2, "fake_l')
-    cut_metrics(path, 3)
-    assert path.read_text() == "\n".join(lines[:3]) + "\n"
-    cut_metrics(path, 0)
-    assert path.read_text() == ""

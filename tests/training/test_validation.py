@@ -153,7 +153,7 @@ def test_a_resumed_run_goes_on_with_its_evaluations(launch, tmp_path):
     assert launch(run, *EVALUATED, "--exit-interval", "2") == 3
     (run / "evaluations.jsonl").open("a").write(json.dumps({"iteration": 3, "phase": 1}) + "\n")
     assert launch(run, *EVALUATED) == 0
-    assert [row["iteration"] for row in rows_of(run)] == [1, 3, 4, 5, 6], "a launch that stops evaluates no more"
+    assert [row["iteration"] for row in rows_of(run)] == [1, 2, 3, 4, 5, 6], "what was left out at the stop is made up"
 
 
 def test_two_ranks_find_what_one_does(launch, run_ranks, tmp_path):
