@@ -6,17 +6,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-GROUND = {"config", "pdmd_kernels", "errors", "documents", "files"}
+GROUND = {"config", "pdmd_kernels", "errors", "documents", "files", "safetensors_files"}
 MAY_IMPORT = {
     "pdmd_kernels": set(),
     "config": set(),
     "errors": {"files"},
     "documents": set(),
     "files": set(),
+    "safetensors_files": {"documents"},
     "diffusion": {"config", "pdmd_kernels"},
     "parallel": {"config"},
     "distillation": {"config", "pdmd_kernels", "diffusion", "parallel"},
-    "models": {"config", "pdmd_kernels", "parallel", "documents"},
+    "models": {"config", "pdmd_kernels", "parallel", "documents", "safetensors_files"},
 }
 STANDING_ABOVE = {"data", "conversion", "evaluation", "planning"}
 BELOW = {*GROUND, "diffusion", "distillation", "models", "parallel"}
