@@ -29,6 +29,7 @@ _ITEM_SIZES: Mapping[str, int] = {
     **dict.fromkeys(("U32", "I32", "F32"), 4),
     **dict.fromkeys(("U64", "I64", "F64", "C64"), 8),
 }
+_FLOATING = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 
 @dataclass(frozen=True)
@@ -160,6 +161,33 @@ def _read_weight_map(index: Path) -> dict[str, str]:
                 f"{index}: weight_map names {shown_name(name)}, which is no safetensors file in this folder; refused"
             )
     return weight_map
+
+
+def require_tensors(folder: Path, found: Mapping[str, StoredTensor], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuses a model's weights that are not, by name and shape, those that its config.json describes.
+
+    Args:
+        folder: the model's, for the error's line.
+        found: what the headers say.
+        expected: name -> shape.
+
+    Raises:
+        ValueError: names what is missing, too much, of another shape or no floating-point number.
+    """
+    for problem, names in (("missing", expected.keys() - found.keys()), ("unexpected", found.keys() - expected.keys())):
+        if names:
+            shown = ", ".join(map(shown_name, sorted(names)[:3])) + (", ..." if len(names) > 3 else "")
+            raise ValueError(
+                f"{folder}: {len(names)} {problem} tensors ({shown}); do weights and config.json belong together?"
+            )
+    for name, shape in expected.items():
+        if found[name].shape != shape:
+            raise ValueError(
+                f"{folder}: {name} is {list(found[name].shape)}, the config asks for {list(shape)};"
+                " do they belong together?"
+            )
+        if found[name].dtype not in _FLOATING:
+            raise ValueError(f"{folder}: {name} is {found[name].dtype}; expected floating-point numbers")
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

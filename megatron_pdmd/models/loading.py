@@ -16,15 +16,7 @@ from megatron_pdmd.models.wan.model import WanModel
 from megatron_pdmd.models.wan.weights import count_blocks, from_original_name, is_original, tensor_shapes
 from megatron_pdmd.parallel.cpu import without_cuda
 from megatron_pdmd.parallel.topology import existing_topology, initialize_topology
-from megatron_pdmd.safetensors_files import (
-    DIFFUSERS_STEM,
-    StoredTensor,
-    read_model_headers,
-    require_finite,
-    shown_name,
-)
-
-_WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+from megatron_pdmd.safetensors_files import DIFFUSERS_STEM, read_model_headers, require_finite, require_tensors
 
 
 @dataclass(frozen=True)
@@ -55,7 +47,11 @@ def read_model_folder(path: Path) -> ModelFolder:
     stored = {name: (file, tensor) for file, header in headers.items() for name, tensor in header.items()}
     renamed = from_original_name if is_original(set(stored)) else str
     sources = {renamed(name): (file, name) for name, (file, _) in stored.items()}
-    _check_tensors(path, config, {renamed(name): tensor for name, (_, tensor) in stored.items()}, sources)
+    if (blocks := count_blocks(sources)) != config.num_layers:  # first, for the config may say any number
+        raise ValueError(
+            f"{path}: config.json says {config.num_layers} layers, the weights have {blocks}; do they belong together?"
+        )
+    require_tensors(path, {renamed(name): tensor for name, (_, tensor) in stored.items()}, tensor_shapes(config))
     return ModelFolder(path, config, sources)
 
 
@@ -111,39 +107,6 @@ def _open(path: Path) -> safe_open:
         return safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: broken or incomplete safetensors file ({error}); fetch it again") from None
-
-
-def _check_tensors(
-    path: Path, config: WanConfig, found: Mapping[str, StoredTensor], sources: Mapping[str, tuple[Path, str]]
-) -> None:
-    """Holds a config against the names and shapes in the files; the number of blocks first, for it may be anything.
-
-    Raises:
-        ValueError: names the tensor or the number that differs.
-    """
-    blocks = count_blocks(found)
-    if blocks != config.num_layers:
-        raise ValueError(
-            f"{path}: config.json says {config.num_layers} layers, the weights have {blocks}; do they belong together?"
-        )
-    expected = tensor_shapes(config)
-    for problem, names in (
-        ("missing", expected.keys() - found.keys()),
-        ("unexpected", found.keys() - expected.keys()),
-    ):
-        if names:
-            shown = ", ".join(map(shown_name, sorted(names)[:3])) + (", ..." if len(names) > 3 else "")
-            raise ValueError(
-                f"{path}: {len(names)} {problem} tensors ({shown}); do weights and config.json belong together?"
-            )
-    for name, shape in expected.items():
-        if found[name].shape != shape:
-            raise ValueError(
-                f"{sources[name][0]}: {name} is {list(found[name].shape)}, the config asks for {list(shape)};"
-                " do they belong together?"
-            )
-        if found[name].dtype not in _WEIGHT_DTYPES:
-            raise ValueError(f"{sources[name][0]}: {name} is {found[name].dtype}; expected floating-point numbers")
 
 
 @torch.no_grad()
