@@ -22,7 +22,9 @@ from torch.distributed.checkpoint.metadata import (
 from megatron_pdmd import pretrain
 from megatron_pdmd.conversion import export, weight_files
 from megatron_pdmd.data import prompts
+from megatron_pdmd.data.prompts import PromptEmbeddings
 from megatron_pdmd.data.text_encoder import MAX_TOKENS
+from megatron_pdmd.data.umt5 import read_umt5_config
 from megatron_pdmd.distillation.roles import Roles
 from megatron_pdmd.dry_run.repeated_passes import RepeatedPasses
 from megatron_pdmd.models import loading
@@ -76,7 +78,7 @@ class StandIns:
             (loading, "_read_slice", _unread_slice),
             (loading, "require_finite", _nothing),
             (prompts, "TextEncoder", _UnreadTextEncoder),
-            (prompts, "load_file", _really(prompts.load_file)),
+            (PromptEmbeddings, "load", _really(PromptEmbeddings.load)),
             (checkpointing, "write_shards", self._write_shards),
             (checkpointing, "read_index", lambda folder: self._indices[folder.name]),
             (checkpointing, "read_shards", _read_shards),
@@ -185,7 +187,7 @@ class _UnreadTextEncoder:
     """Embeddings of the right size without the encoder's weights."""
 
     def __init__(self, folder: Path, *, max_length: int | None = None, dtype: torch.dtype = torch.float32):
-        config = loading._read_json(folder / "text_encoder" / "config.json")
+        config = read_umt5_config(folder)
         self.name = folder.name
         self._shape, self._dtype = (max_length or MAX_TOKENS, config["d_model"]), dtype
 
