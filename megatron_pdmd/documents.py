@@ -1,6 +1,7 @@
 """JSON and YAML that a user's files hold, read within limits: what is odd is refused in a line that names the file."""
 
 import json
+import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -35,7 +36,8 @@ def read_text(path: Path, *, largest: int = LARGEST_DOCUMENT) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds. NaN and Infinity, which are no JSON, are refused, and so is a key given twice.
+    """What a JSON file holds. NaN and Infinity, which are no JSON, are refused, and so are numbers that a float
+    cannot hold, and a key given twice.
 
     Raises:
         ValueError: names the file and what is wrong with it.
@@ -66,7 +68,9 @@ def parse_json(text: str | bytes, where: str) -> Any:
         ValueError: names it and what is wrong with it.
     """
     try:
-        content = json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_refused_constant)
+        content = json.loads(
+            text, object_pairs_hook=_without_duplicates, parse_constant=_refused_constant, parse_float=_finite_float
+        )
     except RecursionError:
         raise ValueError(f"{where}: is nested too deeply; fetch or make it again") from None
     except ValueError as error:
@@ -149,6 +153,13 @@ def _without_duplicates(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refused_constant(name: str) -> None:
     raise ValueError(f"{name} is no number")
+
+
+def _finite_float(digits: str) -> float:
+    number = float(digits)
+    if math.isinf(number):
+        raise ValueError(f"{digits[:40]} is too large a number")
+    return number
 
 
 def _check_depth(content: Any, where: str) -> None:

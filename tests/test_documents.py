@@ -28,6 +28,7 @@ def test_plain_documents(tmp_path):
         (b"[" * 100 + b"]" * 100, "nested too deeply"),
         (b'{"a": 1, "a": 2}', "'a' is given twice"),
         (b'{"a": NaN}', "NaN is no number"),
+        (b'{"a": -1e999}', "-1e999 is too large a number"),
         (b"1" * 5000, "not valid JSON"),
         (b"\xff\xfe", "is not UTF-8"),
         (b"[1]", "expected a JSON object, got list"),

@@ -6,7 +6,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-GROUND = {"config", "pdmd_kernels", "errors", "documents", "files", "limits", "options", "environment"}
+GROUND = {
+    "config",
+    "pdmd_kernels",
+    "errors",
+    "documents",
+    "files",
+    "limits",
+    "options",
+    "environment",
+    "safetensors_files",
+}
 MAY_IMPORT = {
     "pdmd_kernels": set(),
     "config": set(),
@@ -17,10 +27,11 @@ MAY_IMPORT = {
     "options": {"limits"},
     "environment": {"limits"},
     "launch": {"environment", "errors"},
+    "safetensors_files": {"documents"},
     "diffusion": {"config", "pdmd_kernels"},
     "parallel": {"config", "errors", "environment"},
     "distillation": {"config", "pdmd_kernels", "diffusion", "parallel"},
-    "models": {"config", "pdmd_kernels", "parallel", "documents", "limits"},
+    "models": {"config", "pdmd_kernels", "parallel", "documents", "limits", "safetensors_files"},
 }
 STANDING_ABOVE = {"data", "conversion", "evaluation", "planning"}
 BELOW = {*GROUND, "diffusion", "distillation", "models", "parallel"}

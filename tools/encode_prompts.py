@@ -12,9 +12,10 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from megatron_pdmd.data.prompts import encode_shards, prepare_folder, read_prompts, write_prompts
-from megatron_pdmd.data.text_encoder import TextEncoder
+from megatron_pdmd.data.prompts import encode_shards, holds_prompts, read_prompts, write_prompts
+from megatron_pdmd.data.text_encoder import LONGEST_PROMPT, TextEncoder
 from megatron_pdmd.errors import parse_options, user_errors
+from megatron_pdmd.files import check_destination
 
 
 @dataclass(frozen=True)
@@ -48,16 +49,21 @@ def encode(options: EncodeOptions) -> None:
     """Reads, encodes and writes, one shard at a time."""
     if options.shard_size < 1:
         raise ValueError(f"--shard-size {options.shard_size}: must be greater than 0")
-    if options.max_length is not None and options.max_length < 1:
-        raise ValueError(f"--max-length {options.max_length}: must be greater than 0")
-    prompts = read_prompts(options.prompts)
-    device = options.device
+    if options.max_length is not None and not 1 <= options.max_length <= LONGEST_PROMPT:
+        raise ValueError(f"--max-length {options.max_length}: must lie between 1 and {LONGEST_PROMPT}")
+    device, has_cuda = options.device, torch.cuda.is_available()
+    if device == "cuda" and not has_cuda:
+        raise ValueError("--device cuda: torch finds no GPU here; choose cpu, or auto")
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    encoder = TextEncoder(
-        options.text_encoder, max_length=options.max_length, dtype=getattr(torch, options.dtype), device=device
-    )
-    prepare_folder(options.save)
+        device = "cuda" if has_cuda else "cpu"
+    prompts = read_prompts(options.prompts)
+    check_destination(options.save, "--save", holds_prompts)
+    try:
+        encoder = TextEncoder(
+            options.text_encoder, max_length=options.max_length, dtype=getattr(torch, options.dtype), device=device
+        )
+    except ValueError as error:
+        raise ValueError(f"--text-encoder {error}") from None
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(file=sys.stderr)) as progress:
         task = progress.add_task("prompts", total=len(prompts))

@@ -13,18 +13,12 @@ import torch.distributed as dist
 
 from megatron_pdmd.conversion.model_card import model_card
 from megatron_pdmd.conversion.pipeline_folder import TRANSFORMERS, PipelineFolder, read_pipeline
-from megatron_pdmd.conversion.weight_files import (
-    DIFFUSERS_STEM,
-    StoredTensor,
-    WeightFile,
-    plan_files,
-    read_model_header,
-    write_index,
-)
+from megatron_pdmd.conversion.weight_files import WeightFile, plan_files, write_index
 from megatron_pdmd.conversion.writers import Writers
 from megatron_pdmd.errors import require_space
 from megatron_pdmd.models.lora import WholeTensor
 from megatron_pdmd.parallel.agreement import together
+from megatron_pdmd.safetensors_files import DIFFUSERS_STEM, StoredTensor, read_model_header
 
 SAMPLING_FILE = "few_step_sampling.json"
 _FORMAT = "megatron-pdmd-few-step"

@@ -1,11 +1,104 @@
 """Latents to pixels, with the pipeline's own VAE in diffusers."""
 
 import importlib
-from collections.abc import Iterator
+import importlib.util
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 
 from megatron_pdmd.conversion.pipeline_folder import PipelineFolder
+from megatron_pdmd.documents import read_json_object
+from megatron_pdmd.safetensors_files import (
+    DIFFUSERS_STEM,
+    StoredTensor,
+    read_model_header,
+    require_finite,
+    require_tensors,
+    shown_name,
+)
+
+_CLASS = "AutoencoderKLWan"
+
+
+def check_vae(folder: PipelineFolder) -> None:
+    """Refuses, before anything is allocated, a VAE that could not decode.
+
+    Args:
+        folder: a pipeline with a VAE.
+
+    Raises:
+        ValueError: diffusers is missing, it is another VAE, or its config.json is not that of its weights.
+    """
+    if folder.model_classes.get("vae") != _CLASS:
+        raise ValueError(f"{folder.path}: decoding needs an {_CLASS}, not {folder.model_classes.get('vae')}")
+    if importlib.util.find_spec("diffusers") is None:
+        raise ValueError(
+            "decoding latents needs diffusers: run `pip install diffusers`, or leave pictures out (--no-pictures of"
+            " tools, --sample-prompts 0 of runs)"
+        )
+    path = folder.path / "vae"
+    config, header = read_json_object(path / "config.json"), read_model_header(path, DIFFUSERS_STEM)
+    try:
+        _check_sizes(config, header)
+        for name in ("latents_mean", "latents_std"):
+            values = config.get(name, [])
+            if not isinstance(values, list) or not all(type(value) in (int, float) for value in values):
+                raise ValueError(f"{name} is {shown_name(values)}; expected numbers")
+            if values and len(values) != config.get("z_dim", len(values)):
+                raise ValueError(f"{name} has {len(values)} numbers for z_dim {shown_name(config['z_dim'])}")
+        if min(config.get("latents_std") or [1]) <= 0:
+            raise ValueError(f"latents_std is {shown_name(config['latents_std'])}; expected numbers greater than 0")
+    except ValueError as error:
+        raise ValueError(f"{path / 'config.json'}: {error}") from None
+
+
+def _check_sizes(config: Mapping[str, Any], header: Mapping[str, StoredTensor]) -> None:
+    """No width or count may exceed what is in the weights: a network of any other could be too large to describe.
+
+    Raises:
+        ValueError: names the entry.
+    """
+    widest = max((*(side for tensor in header.values() for side in tensor.shape), len(header)))
+    for name, value in config.items():
+        values = value if isinstance(value, list) else [value]
+        if len(values) > len(header) or any(isinstance(one, int) and abs(one) > widest for one in values):
+            raise ValueError(f"{name} is {shown_name(value)}, more than the weights have; do they belong together?")
+    factors = config.get("dim_mult", [1])
+    if not isinstance(factors, list) or not factors or not all(type(factor) is int for factor in factors):
+        raise ValueError(f"dim_mult is {shown_name(factors)}; expected integers")
+    width = widest // max(1, *factors)
+    for name, limit in {
+        "base_dim": width,
+        "decoder_base_dim": width,
+        "num_res_blocks": len(header) // len(factors),
+    }.items():
+        if type(config.get(name)) is int and config[name] > limit:
+            raise ValueError(f"{name} is {config[name]}, more than the weights have; do they belong together?")
+
+
+@torch.no_grad()
+def load_vae(folder: PipelineFolder, device: torch.device | str = "cpu") -> Any:
+    """The pipeline's VAE in fp32, with all its weights.
+
+    Raises:
+        ValueError: see `check_vae`; or tensors are missing, of other shapes, or not finite.
+    """
+    check_vae(folder)
+    path, diffusers = folder.path / "vae", importlib.import_module("diffusers")
+    try:
+        with torch.device("meta"):
+            described = diffusers.AutoencoderKLWan.from_config(read_json_object(path / "config.json"))
+        shapes = {name: tuple(tensor.shape) for name, tensor in described.state_dict().items()}
+        require_tensors(path, read_model_header(path, DIFFUSERS_STEM), shapes)
+        vae = diffusers.AutoencoderKLWan.from_pretrained(
+            path, dtype=torch.float32, local_files_only=True, use_safetensors=True
+        )
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(reason if reason.startswith(str(path)) else f"{path}: cannot be loaded ({reason})") from None
+    require_finite(vae.named_parameters(), path)
+    return vae.to(device).eval().requires_grad_(False)
 
 
 def decode_latents(folder: PipelineFolder, latents: torch.Tensor) -> torch.Tensor:
@@ -25,23 +118,9 @@ def decoded_clips(folder: PipelineFolder, latents: torch.Tensor) -> Iterator[tor
         Pixels of the next clip, [1, 3, 4 (F - 1) + 1, 8 H, 8 W] in [-1, 1] for Wan's strides.
 
     Raises:
-        ValueError: diffusers is missing, or the VAE is another one or cannot be loaded.
+        ValueError: see `load_vae`.
     """
-    if folder.model_classes.get("vae") != "AutoencoderKLWan":
-        raise ValueError(f"{folder.path}: decoding needs an AutoencoderKLWan, not {folder.model_classes.get('vae')}")
-    try:
-        diffusers = importlib.import_module("diffusers")
-    except ModuleNotFoundError:
-        raise ValueError(
-            "decoding latents needs diffusers: run `pip install diffusers`, or pass --no-pictures"
-        ) from None
-    try:
-        vae = diffusers.AutoencoderKLWan.from_pretrained(
-            folder.path / "vae", dtype=torch.float32, local_files_only=True, use_safetensors=True
-        )
-    except Exception as error:
-        raise ValueError(f"{folder.path / 'vae'}: cannot be loaded ({' '.join(str(error).split())[:300]})") from None
-    vae = vae.to(latents.device).eval()
+    vae = load_vae(folder, latents.device)
     mean, std = (
         torch.tensor(values, device=latents.device).view(1, -1, 1, 1, 1)
         for values in (vae.config.latents_mean, vae.config.latents_std)

@@ -1,8 +1,7 @@
-"""Safetensors on disk: headers read and checked without the weights, and files planned before they are written."""
+"""A model's safetensors files, planned before they are written."""
 
 import json
 import math
-import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,83 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_pdmd.models.lora import WholeTensor
-
-DIFFUSERS_STEM = "diffusion_pytorch_model"
-TRANSFORMERS_STEM = "model"
-_LONGEST_HEADER = 100_000_000  # bytes; safetensors' own limit
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """What a safetensors header says of one tensor."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    size: int  # bytes
-
-
-def read_header(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file, from its header alone: 8 bytes of length, JSON, then the data.
-
-    Source: https://github.com/huggingface/safetensors#format
-
-    Raises:
-        ValueError: missing, no safetensors file, or shorter than its header says.
-    """
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            prefix = file.read(8)
-            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
-            if length > min(size - 8, _LONGEST_HEADER):
-                raise ValueError(f"{path}: is truncated or no safetensors file; download or export it again")
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        tensors = {name: _stored(entry) for name, entry in header.items()}
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError, IndexError):
-        raise ValueError(f"{path}: has no valid safetensors header; download or export it again") from None
-    if 8 + length + end != size:
-        raise ValueError(f"{path}: is truncated: {size} bytes, its header says {8 + length + end}; get it again")
-    return tensors
-
-
-def _stored(entry: dict) -> StoredTensor:
-    begin, end = entry["data_offsets"]
-    return StoredTensor(entry["dtype"], tuple(entry["shape"]), end - begin)
-
-
-def read_model_header(folder: Path, stem: str) -> dict[str, StoredTensor]:
-    """The tensors of a model in one or several safetensors files, all of them checked.
-
-    Args:
-        folder: a model's folder.
-        stem: file name without its ending, `diffusion_pytorch_model` or `model`.
-
-    Raises:
-        ValueError: no weights, an index that names files outside the folder or tensors that its files lack, or a file
-            that `read_header` refuses.
-    """
-    single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
-    if not index.is_file():
-        if not single.is_file():
-            raise ValueError(f"{folder}: no {single.name} and no {index.name} in it")
-        return read_header(single)
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(weight_map.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{index}: is not a safetensors index with a weight_map") from None
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name or name in (".", ".."):
-            raise ValueError(f"{index}: names a file outside its folder, {name!r}; do not use this folder")
-    headers = {name: read_header(folder / name) for name in names}
-    for tensor, name in weight_map.items():
-        if tensor not in headers[name]:
-            raise ValueError(f"{index}: says that {name} holds '{tensor}', but it does not")
-    return {tensor: headers[name][tensor] for tensor, name in weight_map.items()}
+from megatron_pdmd.safetensors_files import DIFFUSERS_STEM
 
 
 @dataclass(frozen=True)

@@ -1,52 +1,55 @@
 """Prompts and their embeddings: read from text, saved as sharded safetensors, mapped back into memory."""
 
-import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from megatron_pdmd.data.text_encoder import TextEncoder
+from megatron_pdmd.documents import read_json_object
+from megatron_pdmd.files import replaced_whole, write_json
+from megatron_pdmd.safetensors_files import read_tensors, require_finite
 
 _INDEX = "prompts.json"
 _FORMAT = "megatron-pdmd-prompts"
 _SHARD = re.compile(r"prompts-(\d{5})-of-(\d{5})\.safetensors")
+_LARGEST_TEXT = 2**30  # bytes
+_READ_BY_EACH = 2**30  # bytes of embeddings whose values every reader judges
 ENCODING_BATCH = 8
 
 
-@contextmanager
-def naming_flag(flag: str) -> Iterator[None]:
-    """The errors of what reads prompts inside the block name another flag than --prompts."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(str(error).replace("--prompts", flag)) from None
-
-
-def read_prompts(path: Path) -> list[str]:
+def read_prompts(path: Path, flag: str = "--prompts") -> list[str]:
     """The prompts of a text file, one in each line; blank lines are skipped.
+
+    Args:
+        path: the file.
+        flag: option that names it, for errors.
 
     Raises:
         ValueError: no such file, no prompt in it, or a line that is not UTF-8.
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"--prompts {path}: no such file; give a text file with a prompt in each line")
+        problem = "not a file" if path.exists() else "no such file"
+        raise ValueError(f"{flag} {path}: {problem}; give a text file with a prompt in each line")
+    if path.stat().st_size > _LARGEST_TEXT:
+        raise ValueError(
+            f"{flag} {path}: has {path.stat().st_size} bytes; is it a text file with a prompt in each line?"
+        )
     prompts = []
     for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines(), start=1):
         try:
             prompts.append(line.decode("utf-8").strip())
         except UnicodeDecodeError:
-            raise ValueError(f"--prompts {path}: line {number} is not UTF-8; save the file in that encoding") from None
+            raise ValueError(f"{flag} {path}: line {number} is not UTF-8; save the file in that encoding") from None
     prompts = [prompt for prompt in prompts if prompt]
     if not prompts:
-        raise ValueError(f"--prompts {path}: no prompt in it; write one in each line")
+        raise ValueError(f"{flag} {path}: no prompt in it; write one in each line")
     return prompts
 
 
@@ -70,9 +73,12 @@ class PromptEmbeddings:
     encoder: str = ""
 
     def __post_init__(self) -> None:
-        shapes = {tuple(shard.shape[1:]) for shard in self.shards} | {tuple(self.negative.shape)}
-        if len(shapes) != 1:
-            raise ValueError(f"embeddings of different shapes: {sorted(shapes)}")
+        kinds = {(tuple(shard.shape[1:]), shard.dtype) for shard in self.shards}
+        kinds |= {(tuple(self.negative.shape), self.negative.dtype)}
+        if len(kinds) != 1:
+            raise ValueError(f"embeddings of different shapes or dtypes: {', '.join(sorted(map(str, kinds)))}")
+        if self.negative.ndim != 2 or not self.negative.numel() or not self.negative.is_floating_point():
+            raise ValueError(f"embeddings of shape {list(self.negative.shape)} in {self.negative.dtype}")
         if sum(len(shard) for shard in self.shards) != len(self.prompts):
             raise ValueError(f"{sum(len(shard) for shard in self.shards)} embeddings for {len(self.prompts)} prompts")
 
@@ -92,6 +98,21 @@ class PromptEmbeddings:
     def batch(self, indices: Sequence[int] | torch.Tensor) -> torch.Tensor:
         """The embeddings of some prompts, [B, L, D]."""
         return torch.stack([self._row(int(index)) for index in indices])
+
+    def require_finite(self, where: str, part: int = 0, parts: int = 1) -> None:
+        """Refuses embeddings that are not finite; several ranks may share the work.
+
+        Args:
+            where: names the prompts in errors.
+            part: index of this reader.
+            parts: number of readers, who read shards in turn.
+
+        Raises:
+            ValueError: names the shard.
+        """
+        shards = enumerate(self.shards, start=1)
+        require_finite([("negative", self.negative)], where)
+        require_finite(((f"embeddings of shard {n}", shard) for n, shard in shards if n % parts == part), where)
 
     def _row(self, index: int) -> torch.Tensor:
         if not 0 <= index < len(self):
@@ -118,26 +139,39 @@ class PromptEmbeddings:
         )
 
     @classmethod
-    def load(cls, folder: Path) -> "PromptEmbeddings":
-        """Reads a folder of encoded prompts.
+    def load(cls, folder: Path, flag: str = "--prompts") -> "PromptEmbeddings":
+        """Reads a folder of encoded prompts. The values of a large one are left to `require_finite`.
+
+        Args:
+            folder: as `write_prompts` made it.
+            flag: option that names it, for errors.
 
         Raises:
-            ValueError: not such a folder, a shard missing or damaged, or embeddings that do not fit the texts.
+            ValueError: not such a folder, a shard missing or damaged, embeddings that do not fit the texts or that are
+                not finite.
         """
         folder = Path(folder)
-        index = _read_index(folder)
-        paths = _shard_paths(folder)
-        contents = []
-        for path in paths:
-            try:
-                contents.append(load_file(path))
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"--prompts: {path} cannot be read ({error}); encode the prompts again") from None
+        index = _read_index(folder, flag)
+        paths = _shard_paths(folder, flag)
+        try:
+            contents = [read_tensors(path) for path in paths]
+        except ValueError as error:
+            raise ValueError(f"{flag} {error}") from None
+        for number, (path, content) in enumerate(zip(paths, contents, strict=True)):
+            if content.keys() != ({"embeddings", "negative"} if number == 0 else {"embeddings"}):
+                raise ValueError(f"{flag} {path}: holds other tensors than embeddings; encode the prompts again")
         try:
             shards, negative = tuple(content["embeddings"] for content in contents), contents[0]["negative"]
-            return cls(tuple(index["prompts"]), shards, negative, index["negative_prompt"], index["encoder"])
-        except (KeyError, ValueError) as error:
-            raise ValueError(f"--prompts {folder}: texts and embeddings do not fit ({error}); encode again") from None
+            loaded = cls(tuple(index["prompts"]), shards, negative, index["negative_prompt"], index["encoder"])
+        except ValueError as error:
+            raise ValueError(f"{flag} {folder}: texts and embeddings do not fit ({error}); encode again") from None
+        if index.get("max_length") != loaded.max_length:
+            raise ValueError(
+                f"{flag} {folder}: {_INDEX} says another max_length than {loaded.max_length}; encode again"
+            )
+        if sum(shard.nbytes for shard in shards) <= _READ_BY_EACH:
+            loaded.require_finite(f"{flag} {folder}")
+        return loaded
 
 
 def write_prompts(
@@ -149,8 +183,9 @@ def write_prompts(
     negative_prompt: str,
     encoder: str,
     shard_size: int,
+    flag: str = "--save",
 ) -> None:
-    """Writes embeddings shard by shard, so that only one has to be in memory; the index, last, marks the folder whole.
+    """Writes embeddings shard by shard, so that only one has to be in memory. The folder is there whole or not at all.
 
     Args:
         folder: a new or empty one, or one of encoded prompts, which is replaced.
@@ -160,45 +195,34 @@ def write_prompts(
         negative_prompt: its text.
         encoder: name of the text encoder.
         shard_size: prompts in one file.
+        flag: option that names the folder, for errors.
 
     Raises:
-        ValueError: the folder holds something else.
+        ValueError: the folder holds something else, or a value is not finite.
     """
-    folder = Path(folder)
-    prepare_folder(folder)
     count = math.ceil(len(prompts) / shard_size)
     length = 0
-    for number, shard in enumerate(shards, start=1):
-        path = folder / f"prompts-{number:05d}-of-{count:05d}.safetensors"
-        tensors = {"embeddings": shard.contiguous()} | ({"negative": negative.contiguous()} if number == 1 else {})
-        save_file(tensors, path)
-        length += len(shard)
-    assert length == len(prompts), f"{length} embeddings for {len(prompts)} prompts"
-    index = {
-        "format": _FORMAT,
-        "encoder": encoder,
-        "max_length": negative.shape[0],
-        "negative_prompt": negative_prompt,
-        "prompts": list(prompts),
-    }
-    (folder / _INDEX).write_text(json.dumps(index, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    with replaced_whole(Path(folder), flag, holds_prompts) as partial:
+        for number, shard in enumerate(shards, start=1):
+            name = f"prompts-{number:05d}-of-{count:05d}.safetensors"
+            tensors = {"embeddings": shard.contiguous()} | ({"negative": negative.contiguous()} if number == 1 else {})
+            require_finite(tensors.items(), name)
+            save_file(tensors, partial / name)
+            length += len(shard)
+        assert length == len(prompts), f"{length} embeddings for {len(prompts)} prompts"
+        index = {
+            "format": _FORMAT,
+            "encoder": encoder,
+            "max_length": negative.shape[0],
+            "negative_prompt": negative_prompt,
+            "prompts": list(prompts),
+        }
+        write_json(partial / _INDEX, index)
 
 
-def prepare_folder(folder: Path) -> None:
-    """Makes the folder, and removes encoded prompts that are in it.
-
-    Raises:
-        ValueError: something else is in it.
-    """
-    folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--save {folder}: is a file; name a folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    ours = [path for path in folder.iterdir() if path.name == _INDEX or _SHARD.fullmatch(path.name)]
-    if len(ours) != len(list(folder.iterdir())):
-        raise ValueError(f"--save {folder}: holds other files than encoded prompts; name a new or empty folder")
-    for path in ours:
-        path.unlink()
+def holds_prompts(folder: Path) -> bool:
+    """Whether there is nothing but encoded prompts in a folder, whole or not."""
+    return all(path.name == _INDEX or _SHARD.fullmatch(path.name) for path in folder.iterdir())
 
 
 def load_prompts(
@@ -208,6 +232,7 @@ def load_prompts(
     max_length: int | None = None,
     negative_prompt: str = "",
     dtype: torch.dtype = torch.float32,
+    flag: str = "--prompts",
 ) -> PromptEmbeddings:
     """Embeddings of a folder of encoded prompts, or of a text file, which is encoded now.
 
@@ -217,25 +242,24 @@ def load_prompts(
         max_length: tokens; where not given, what the folder has or the tokenizer says. A folder must agree with it.
         negative_prompt: encoded along with a text file; a folder has its own.
         dtype: of the embeddings of a text file.
+        flag: option that names the path, for errors.
 
     Raises:
         ValueError: see `read_prompts`, `PromptEmbeddings.load` and `TextEncoder`.
     """
     path = Path(path)
     if path.is_dir():
-        loaded = PromptEmbeddings.load(path)
+        loaded = PromptEmbeddings.load(path, flag)
         if max_length not in (None, loaded.max_length):
             raise ValueError(
-                f"--prompts {path}: was encoded to {loaded.max_length} tokens, but {max_length} are asked for"
+                f"{flag} {path}: was encoded to {loaded.max_length} tokens, but {max_length} are asked for"
             )
         if negative_prompt not in ("", loaded.negative_prompt):
-            raise ValueError(f"--prompts {path}: has another negative prompt, '{loaded.negative_prompt}'; encode again")
+            raise ValueError(f"{flag} {path}: has another negative prompt, '{loaded.negative_prompt}'; encode again")
         return loaded
-    prompts = read_prompts(path)
+    prompts = read_prompts(path, flag)
     if text_encoder is None:
-        raise ValueError(
-            f"--prompts {path}: is text; name a pipeline folder that has a text encoder, or encode it first"
-        )
+        raise ValueError(f"{flag} {path}: is text; name a pipeline folder that has a text encoder, or encode it first")
     encoder = TextEncoder(text_encoder, max_length=max_length, dtype=dtype)
     shards = tuple(encode_shards(encoder, prompts, shard_size=len(prompts)))
     return PromptEmbeddings(tuple(prompts), shards, encoder.encode([negative_prompt])[0], negative_prompt, encoder.name)
@@ -254,26 +278,29 @@ def encode_shards(
         yield torch.cat(rows)
 
 
-def _read_index(folder: Path) -> dict:
+def _read_index(folder: Path, flag: str) -> dict[str, Any]:
     path = folder / _INDEX
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise ValueError(
-            f"--prompts {folder}: no readable {_INDEX} in it; make the folder with encode_prompts.py"
-        ) from None
-    texts = index.get("prompts") if isinstance(index, dict) else None
-    whole = isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts)
-    if not whole or index.get("format") != _FORMAT or not {"encoder", "negative_prompt"} <= index.keys():
-        raise ValueError(f"--prompts: {path} is not an index of encoded prompts; make it with encode_prompts.py")
+        index = read_json_object(path)
+    except ValueError as error:
+        raise ValueError(f"{flag} {error}; encode_prompts.py makes such a folder") from None
+    texts, others = index.get("prompts"), (index.get("encoder"), index.get("negative_prompt"))
+    whole = isinstance(texts, list) and texts and all(map(_is_text, (*texts, *others)))
+    if not whole or index.get("format") != _FORMAT:
+        raise ValueError(f"{flag} {path}: is not an index of encoded prompts; make it with encode_prompts.py")
     return index
 
 
-def _shard_paths(folder: Path) -> list[Path]:
+def _is_text(value: Any) -> bool:
+    """Whether a value out of JSON is a text that can be written again: JSON has halves of characters."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+
+
+def _shard_paths(folder: Path, flag: str) -> list[Path]:
     """The shards, found by their names alone: a path inside the index could lead out of the folder."""
     found = sorted((match.groups(), path) for path in folder.iterdir() if (match := _SHARD.fullmatch(path.name)))
     counts = {int(count) for (_, count), _ in found}
-    expected = list(range(1, max(counts, default=0) + 1))
-    if len(counts) != 1 or [int(number) for (number, _), _ in found] != expected:
-        raise ValueError(f"--prompts {folder}: shards are missing or of different sets; encode the prompts again")
+    numbers = [int(number) for (number, _), _ in found]
+    if counts != {len(found)} or numbers != list(range(1, len(found) + 1)):
+        raise ValueError(f"{flag} {folder}: shards are missing or of different sets; encode the prompts again")
     return [path for _, path in found]

@@ -2,7 +2,6 @@
 
 import html
 import importlib.util
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,11 @@ from typing import Any
 
 import torch
 
+from megatron_pdmd.data.umt5 import read_umt5_config
+from megatron_pdmd.safetensors_files import require_finite
+
 MAX_TOKENS = 512  # what Wan's text input is padded to
+LONGEST_PROMPT = 8192  # tokens; attention takes the square of them
 
 
 class TextEncoder:
@@ -22,6 +25,7 @@ class TextEncoder:
     Attributes:
         name: the folder's name and the encoder's class, to be kept beside embeddings.
         max_length: tokens that a prompt is padded or cut to.
+        folder: the pipeline folder.
     """
 
     def __init__(
@@ -41,29 +45,41 @@ class TextEncoder:
             device: where the encoder runs.
 
         Raises:
-            ValueError: transformers is missing, or the folder lacks a part, has a broken one or another encoder.
+            ValueError: transformers is missing, or the folder lacks a part or a tensor, has a broken one, another
+                encoder, or weights that are not finite.
         """
+        if max_length is not None and not 1 <= max_length <= LONGEST_PROMPT:
+            raise ValueError(f"prompts of {max_length} tokens: choose a length from 1 to {LONGEST_PROMPT}")
         transformers = _transformers()
         transformers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.set_verbosity_error()
         folder = Path(folder)
-        _check_folder(folder)
+        self._vocabulary = read_umt5_config(folder)["vocab_size"]
         try:
             self._tokenizer = transformers.AutoTokenizer.from_pretrained(
                 folder / "tokenizer", local_files_only=True, trust_remote_code=False
             )
-            self._encoder = transformers.UMT5EncoderModel.from_pretrained(
-                folder / "text_encoder", local_files_only=True, use_safetensors=True, dtype=dtype
+            self.max_length = max_length or min(MAX_TOKENS, int(self._tokenizer.model_max_length))
+            self._tokens([""])  # fails where it cannot pad
+        except Exception as error:
+            raise ValueError(f"{folder / 'tokenizer'}: cannot be used ({_in_one_line(error)})") from None
+        try:
+            self._encoder, found = transformers.UMT5EncoderModel.from_pretrained(
+                folder / "text_encoder",
+                local_files_only=True,
+                use_safetensors=True,
+                dtype=dtype,
+                output_loading_info=True,
             )
         except Exception as error:
-            reason = " ".join(str(error).split())[:300]
-            raise ValueError(
-                f"--text-encoder {folder}: tokenizer or text encoder cannot be loaded ({reason})"
-            ) from None
-        self._encoder = self._encoder.to(device).eval().requires_grad_(False)
+            raise ValueError(f"{folder / 'text_encoder'}: cannot be loaded ({_in_one_line(error)})") from None
+        if filled := sorted(found["missing_keys"]) + sorted(found["mismatched_keys"]):
+            raise ValueError(f"{folder / 'text_encoder'}: has no {filled[0]}; is the download complete?")
+        self._encoder = self._encoder.eval().requires_grad_(False)
+        require_finite(self._encoder.named_parameters(), folder / "text_encoder")
+        self._encoder = self._encoder.to(device)
         self._dtype = dtype
-        self.max_length = max_length or min(MAX_TOKENS, self._tokenizer.model_max_length)
-        if self.max_length < 1:
-            raise ValueError(f"--max-length {self.max_length}: must be greater than 0")
+        self.folder = folder
         self.name = f"{folder.resolve().name}/UMT5EncoderModel"
 
     @torch.no_grad()
@@ -71,8 +87,25 @@ class TextEncoder:
         """Embeddings [N, L, D]: padding is masked from attention, and zero in the result.
 
         The same as diffusers' `WanPipeline.encode_prompt`.
+
+        Raises:
+            ValueError: the tokenizer's tokens are not the encoder's, or what comes out is not finite.
         """
-        tokens = self._tokenizer(
+        tokens = self._tokens(prompts)
+        if int(tokens.input_ids.max()) >= self._vocabulary:
+            raise ValueError(
+                f"{self.folder}: the tokenizer has token {int(tokens.input_ids.max())}, the text encoder"
+                f" {self._vocabulary} tokens; do they belong together?"
+            )
+        mask = tokens.attention_mask.to(self._encoder.device)
+        hidden = self._encoder(tokens.input_ids.to(mask.device), mask).last_hidden_state
+        embeddings = hidden.masked_fill(mask[..., None] == 0, 0).to(self._dtype)
+        require_finite([("last_hidden_state", embeddings)], self.folder / "text_encoder")
+        return embeddings
+
+    def _tokens(self, prompts: Sequence[str]) -> Any:
+        """Token numbers and attention mask, [N, L] each."""
+        return self._tokenizer(
             [clean_prompt(prompt) for prompt in prompts],
             padding="max_length",
             max_length=self.max_length,
@@ -80,9 +113,6 @@ class TextEncoder:
             return_attention_mask=True,
             return_tensors="pt",
         )
-        mask = tokens.attention_mask.to(self._encoder.device)
-        hidden = self._encoder(tokens.input_ids.to(mask.device), mask).last_hidden_state
-        return hidden.masked_fill(mask[..., None] == 0, 0).to(self._dtype)
 
 
 def encode_prompts(
@@ -115,15 +145,5 @@ def _transformers() -> ModuleType:
         ) from None
 
 
-def _check_folder(folder: Path) -> None:
-    for part in ("tokenizer", "text_encoder"):
-        if not (folder / part).is_dir():
-            raise ValueError(f"--text-encoder {folder}: no {part}/ in it; name a Hugging Face pipeline folder")
-    config = folder / "text_encoder" / "config.json"
-    try:
-        content: Any = json.loads(config.read_text(encoding="utf-8"))
-        model_type = content["model_type"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(f"--text-encoder: {config} is missing or not a model's configuration") from None
-    if model_type != "umt5":
-        raise ValueError(f"--text-encoder: {config} describes a '{model_type}' model; Wan's text encoder is 'umt5'")
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,7 +1,7 @@
 """What a rehearsal puts in place of disks, text encoders and picture files; everything else is the run's own code."""
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +22,9 @@ from torch.distributed.checkpoint.metadata import (
 from megatron_pdmd import pretrain
 from megatron_pdmd.conversion import export, weight_files
 from megatron_pdmd.data import prompts
+from megatron_pdmd.data.prompts import PromptEmbeddings
 from megatron_pdmd.data.text_encoder import MAX_TOKENS
+from megatron_pdmd.data.umt5 import read_umt5_config
 from megatron_pdmd.distillation.roles import Roles
 from megatron_pdmd.dry_run.repeated_passes import RepeatedPasses
 from megatron_pdmd.models import loading
@@ -72,10 +74,11 @@ class StandIns:
         """The replacements are in place in this block."""
         replacements = [
             (loading, "WanModel", _really(WanModel)),  # its layers ask whether they are on meta, which fakes are not
-            (loading, "_open", _HeaderOnly),
+            (loading, "_open", _unopened),
             (loading, "_read_slice", _unread_slice),
+            (loading, "require_finite", _nothing),
             (prompts, "TextEncoder", _UnreadTextEncoder),
-            (prompts, "load_file", _really(prompts.load_file)),
+            (PromptEmbeddings, "load", _really(PromptEmbeddings.load)),
             (checkpointing, "write_shards", self._write_shards),
             (checkpointing, "read_index", lambda folder: self._indices[folder.name]),
             (checkpointing, "read_shards", _read_shards),
@@ -161,23 +164,10 @@ def _really(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-class _HeaderOnly:
-    """A safetensors file as `loading` reads it, of which nothing but the header is."""
-
-    def __init__(self, path: Path):
-        self._tensors = weight_files.read_header(path)
-
-    def __enter__(self) -> "_HeaderOnly":
-        return self
-
-    def __exit__(self, *unused: Any) -> None:
-        return None
-
-    def keys(self) -> Iterable[str]:
-        return self._tensors.keys()
-
-    def get_slice(self, name: str) -> SimpleNamespace:
-        return SimpleNamespace(get_shape=lambda: list(self._tensors[name].shape))
+@contextmanager
+def _unopened(path: Path) -> Iterator[SimpleNamespace]:
+    """A safetensors file as `loading` opens it after its header was judged; it need not have data."""
+    yield SimpleNamespace(get_slice=lambda name: name)
 
 
 def _unread_slice(stored: Any, index: Sequence[slice], shape: torch.Size) -> Tensor:
@@ -197,7 +187,7 @@ class _UnreadTextEncoder:
     """Embeddings of the right size without the encoder's weights."""
 
     def __init__(self, folder: Path, *, max_length: int | None = None, dtype: torch.dtype = torch.float32):
-        config = loading._read_json(folder / "text_encoder" / "config.json")
+        config = read_umt5_config(folder)
         self.name = folder.name
         self._shape, self._dtype = (max_length or MAX_TOKENS, config["d_model"]), dtype
 

@@ -1,6 +1,7 @@
 """Models from Hugging Face folders, tensor by tensor, and their states for the way back."""
 
-import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,46 @@ from megatron_pdmd.models.layers.tensor_parallel import partition_dim
 from megatron_pdmd.models.lora import base_parameters, merged_state_dict
 from megatron_pdmd.models.wan.config import WanConfig
 from megatron_pdmd.models.wan.model import WanModel
-from megatron_pdmd.models.wan.weights import from_original_name, is_original
+from megatron_pdmd.models.wan.weights import count_blocks, from_original_name, is_original, tensor_shapes
 from megatron_pdmd.parallel.cpu import without_cuda
 from megatron_pdmd.parallel.topology import existing_topology, initialize_topology
+from megatron_pdmd.safetensors_files import DIFFUSERS_STEM, read_model_headers, require_finite, require_tensors
 
-_STEM = "diffusion_pytorch_model"
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A model's folder, of which config.json and the headers of its weights have been read and fit each other.
+
+    Attributes:
+        path: the folder.
+        config: the model's shape.
+        sources: our name of every tensor -> its file, and its name there.
+    """
+
+    path: Path
+    config: WanConfig
+    sources: Mapping[str, tuple[Path, str]]
+
+
+def read_model_folder(path: Path) -> ModelFolder:
+    """Reads a model's config.json and the headers of its weights, diffusers' or original Wan's; nothing is allocated.
+
+    Raises:
+        ValueError: something is missing, broken or of another model; one line says what.
+    """
+    if not path.is_dir():
+        raise ValueError(f"{path}: no such folder; give a pipeline's folder and the subfolder of its transformer")
+    config = WanConfig.read(path / "config.json")
+    headers = read_model_headers(path, DIFFUSERS_STEM)
+    stored = {name: (file, tensor) for file, header in headers.items() for name, tensor in header.items()}
+    renamed = from_original_name if is_original(set(stored)) else str
+    sources = {renamed(name): (file, name) for name, (file, _) in stored.items()}
+    if (blocks := count_blocks(sources)) != config.num_layers:  # first, for the config may say any number
+        raise ValueError(
+            f"{path}: config.json says {config.num_layers} layers, the weights have {blocks}; do they belong together?"
+        )
+    require_tensors(path, {renamed(name): tensor for name, (_, tensor) in stored.items()}, tensor_shapes(config))
+    return ModelFolder(path, config, sources)
 
 
 def from_hf(
@@ -39,24 +75,15 @@ def from_hf(
         **options: further keyword arguments of `WanModel`.
 
     Raises:
-        ValueError: something is missing, broken or of another model; one line says what.
+        ValueError: something is missing, broken or of another model, or this rank's part of a tensor holds values that
+            are not finite; one line says what.
     """
-    path = Path(folder) / subfolder if subfolder else Path(folder)
-    if not path.is_dir():
-        raise ValueError(f"{path}: no such folder; give a pipeline's folder and the subfolder of its transformer")
-    config = _read_json(path / "config.json")
-    try:
-        model_config = WanConfig.from_hf(config)
-    except ValueError as error:
-        raise ValueError(f"{path / 'config.json'}: {error}") from None
+    source = read_model_folder(Path(folder) / subfolder if subfolder else Path(folder))
     topology = options.pop("topology", None) or existing_topology() or initialize_topology()
-    files = weight_files(path)
     with without_cuda(), torch.device("meta"):
-        model = WanModel(model_config, dtype=dtype, topology=topology, **options)
-    sources = _locate_tensors(files)
-    _check_names(path, sources, {name for name, _ in base_parameters(model)})
+        model = WanModel(source.config, dtype=dtype, topology=topology, **options)
     materialize(model, device or topology.device)
-    _read_weights(model, sources)
+    _read_weights(model, source.sources)
     return model
 
 
@@ -75,45 +102,6 @@ def materialize(model: nn.Module, device: torch.device | str) -> None:
                 setattr(module, name, real)
 
 
-def weight_files(path: Path) -> list[Path]:
-    """The safetensors files of a model's folder, in the order of their names.
-
-    Raises:
-        ValueError: there are none, or the index names files that are missing or lie outside of the folder.
-    """
-    index_path = path / f"{_STEM}.safetensors.index.json"
-    single = path / f"{_STEM}.safetensors"
-    if not index_path.is_file():
-        if not single.is_file():
-            raise ValueError(f"{path}: neither {single.name} nor {index_path.name} is there; is the download complete?")
-        return [single]
-    weight_map = _read_json(index_path).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
-        raise ValueError(f"{index_path}: no weight_map of tensor names to file names; fetch the index again")
-    names = sorted(set(weight_map.values()))
-    for name in names:
-        # Compared as text: the files of a Hugging Face cache are links that lead out of the folder.
-        if name != Path(name).name or name in ("", ".", ".."):
-            raise ValueError(
-                f"{index_path}: weight_map names {name!r}, which is not a file name in this folder; refused"
-            )
-        if not (path / name).is_file():
-            raise ValueError(f"{path / name}: named by {index_path.name} but not there; is the download complete?")
-    return [path / name for name in names]
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; is this a Hugging Face model folder?")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); fetch it again") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object; fetch it again")
-    return content
-
-
 def _open(path: Path) -> safe_open:
     try:
         return safe_open(path, framework="pt", device="cpu")
@@ -121,49 +109,20 @@ def _open(path: Path) -> safe_open:
         raise ValueError(f"{path}: broken or incomplete safetensors file ({error}); fetch it again") from None
 
 
-def _locate_tensors(files: list[Path]) -> dict[str, tuple[Path, str]]:
-    """Our name of every tensor -> its file and its name there."""
-    sources: dict[str, tuple[Path, str]] = {}
-    for path in files:
-        with _open(path) as file:
-            for name in file.keys():  # noqa: SIM118 (not a dict: it cannot be iterated)
-                if name in sources:
-                    raise ValueError(
-                        f"{path}: tensor {name} is also in {sources[name][0].name}; fetch the folder again"
-                    )
-                sources[name] = (path, name)
-    if is_original(set(sources)):
-        return {from_original_name(name): source for name, source in sources.items()}
-    return sources
-
-
-def _check_names(path: Path, found: dict[str, tuple[Path, str]], expected: set[str]) -> None:
-    for problem, names in (("missing", expected - found.keys()), ("unexpected", found.keys() - expected)):
-        if names:
-            shown = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
-            raise ValueError(
-                f"{path}: {len(names)} {problem} tensors ({shown}); do weights and config.json belong together?"
-            )
-
-
 @torch.no_grad()
-def _read_weights(model: WanModel, sources: dict[str, tuple[Path, str]]) -> None:
+def _read_weights(model: WanModel, sources: Mapping[str, tuple[Path, str]]) -> None:
     """Fills the parameters, file by file, with this rank's slices."""
     parameters = dict(base_parameters(model))
     for path in sorted({path for path, _ in sources.values()}):
         with _open(path) as file:
             for name, (where, stored) in sources.items():
                 if where == path:
-                    _read_tensor(model, name, parameters[name], file.get_slice(stored), path)
+                    _read_tensor(model, parameters[name], file.get_slice(stored))
+                    require_finite([(name, parameters[name])], path)
 
 
-def _read_tensor(model: WanModel, name: str, parameter: nn.Parameter, stored: Any, path: Path) -> None:
-    dim, ranks, rank = partition_dim(parameter), model.parallel.size, model.parallel.rank
-    whole = [size * ranks if axis == dim else size for axis, size in enumerate(parameter.shape)]
-    if stored.get_shape() != whole:
-        raise ValueError(
-            f"{path}: {name} is {stored.get_shape()}, the config asks for {whole}; do they belong together?"
-        )
+def _read_tensor(model: WanModel, parameter: nn.Parameter, stored: Any) -> None:
+    dim, rank = partition_dim(parameter), model.parallel.rank
     index = [slice(None)] * parameter.ndim
     if dim is not None:
         index[dim] = slice(rank * parameter.shape[dim], (rank + 1) * parameter.shape[dim])

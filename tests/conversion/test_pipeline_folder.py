@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from megatron_pdmd.conversion.pipeline_folder import read_pipeline
 
@@ -47,6 +48,14 @@ def _truncate(relative: str):
     return damage
 
 
+def _repatched(folder: Path) -> None:
+    _edit("transformer_2/config.json", patch_size=[1, 2, 8])(folder)
+    path = folder / WEIGHTS
+    state = load_file(path)
+    state["patch_embedding.weight"] = state["patch_embedding.weight"].reshape(-1, 1, 1, 2, 8)
+    save_file(state, path)
+
+
 WEIGHTS = "transformer_2/diffusion_pytorch_model.safetensors"
 
 
@@ -54,12 +63,12 @@ WEIGHTS = "transformer_2/diffusion_pytorch_model.safetensors"
     ("damage", "message"),
     [
         (_remove("model_index.json"), "no model_index.json"),
-        (lambda folder: (folder / "model_index.json").write_text("{"), "not readable JSON"),
+        (lambda folder: (folder / "model_index.json").write_text("{"), "not valid JSON"),
         (lambda folder: (folder / "model_index.json").write_text("[]"), "expected a JSON object"),
         (_remove("transformer_2"), "no transformer_2/"),
         (_remove("tokenizer"), "no tokenizer/"),
         (_remove("transformer/config.json"), "no such file"),
-        (_remove(WEIGHTS), "no diffusion_pytorch_model.safetensors"),
+        (_remove(WEIGHTS), "neither diffusion_pytorch_model.safetensors nor"),
         (_truncate(WEIGHTS), "is truncated"),
         (_truncate("text_encoder/model.safetensors"), "is truncated"),
         (_edit("model_index.json", boundary_ratio=None), "boundary_ratio is None"),
@@ -68,7 +77,22 @@ WEIGHTS = "transformer_2/diffusion_pytorch_model.safetensors"
         (_edit("model_index.json", transformer=[None, None]), "names no transformer"),
         (_edit("model_index.json", vae=["my_code", "Vae"]), "only diffusers and transformers classes"),
         (_edit("model_index.json", **{"../x": ["diffusers", "A"]}), "not a component's name"),
+        (_edit("model_index.json", boundary_ratio=True), "boundary_ratio is True"),
+        (_edit("model_index.json", boundary_ratio=[0.5]), "'boundary_ratio' is [[]0.5"),
+        (_edit("model_index.json", transformer=["null", "null"]), "'transformer' is [[]'null', 'null'[]]; only"),
+        (_edit("model_index.json", transformer=["diffusers", None]), "only diffusers and transformers classes"),
+        (_edit("model_index.json", **{"..": ["diffusers", "A"]}), "'..' is not a component's name"),
+        (_edit("model_index.json", **{"x" * 300: ["diffusers", "A"]}), "x...' is not a component's name"),
+        (_edit("model_index.json", _class_name=3), "_class_name is 3"),
         (_edit("scheduler/scheduler_config.json", shift=-1), "the shift is -1"),
+        (_edit("scheduler/scheduler_config.json", shift=True), "the shift is True"),
+        (_edit("scheduler/scheduler_config.json", shift=1e300), "the shift is 1e[+]300"),
+        (_edit("scheduler/scheduler_config.json", shift=[3]), "the shift is [[]3"),
+        (_edit("scheduler/scheduler_config.json", use_dynamic_shifting="no"), "use_dynamic_shifting is 'no'"),
+        (_edit("transformer/config.json", num_layers=5), "config.json says 5 layers, the weights have 2"),
+        (_edit("transformer/config.json", text_dim=32), r"the config asks for \[128, 32\]"),
+        (_edit("transformer/config.json", patch_size=None), "patch_size None"),
+        (_repatched, r"patch_size is \(1, 4, 4\) in one transformer and \(1, 2, 8\) in the other"),
     ],
 )
 def test_broken_folders_are_refused_in_one_line(tmp_path: Path, two_experts: Path, damage, message: str) -> None:

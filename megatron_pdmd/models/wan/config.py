@@ -1,13 +1,20 @@
 """The shape of a Wan diffusion transformer, under the names of diffusers' WanTransformer3DModel."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
+
+from megatron_pdmd.documents import read_json_object
 
 _CLASS_NAME = "WanTransformer3DModel"
 # The names of Wan's own config.json, where they differ.
 _ORIGINAL_NAMES = {"num_heads": "num_attention_heads", "in_dim": "in_channels", "out_dim": "out_channels"}
 _ORIGINAL_EXTRA = {"dim", "model_type", "text_len"}
+# Far above every published model, and small enough for a model without weights to be described in an instant.
+_LARGEST: Mapping[str, int] = {"num_layers": 1000, "attention_head_dim": 4096, "num_attention_heads": 4096}
+_LARGEST_COUNT = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,23 +58,26 @@ class WanConfig:
     pos_embed_seq_len: int | None = None
 
     def __post_init__(self) -> None:
-        if len(self.patch_size) != 3 or any(not _is_count(size) for size in self.patch_size):
-            raise ValueError(f"patch_size {self.patch_size}: expected three positive integers (frames, rows, columns)")
+        patch = self.patch_size
+        if not isinstance(patch, tuple) or len(patch) != 3 or not all(_is_count(size, 1000) for size in patch):
+            raise ValueError(f"patch_size {_shown(patch)}: expected three positive integers (frames, rows, columns)")
         for name in ("num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "text_dim"):
             self._require_count(name)
-        for name in ("freq_dim", "ffn_dim", "num_layers", "rope_max_seq_len"):
+        for name in ("freq_dim", "ffn_dim", "num_layers", "rope_max_seq_len", "hidden_size"):
             self._require_count(name)
         for name in ("attention_head_dim", "freq_dim"):
             if getattr(self, name) % 2:
                 raise ValueError(f"{name} {getattr(self, name)}: expected an even number")
         if self.qk_norm != "rms_norm_across_heads":
-            raise ValueError(f"qk_norm {self.qk_norm!r}: only 'rms_norm_across_heads' is supported")
-        if isinstance(self.eps, bool) or not isinstance(self.eps, int | float) or not self.eps > 0:
-            raise ValueError(f"eps {self.eps!r}: expected a positive number")
+            raise ValueError(f"qk_norm {_shown(self.qk_norm)}: only 'rms_norm_across_heads' is supported")
+        if not isinstance(self.cross_attn_norm, bool):
+            raise ValueError(f"cross_attn_norm {_shown(self.cross_attn_norm)}: expected true or false")
+        if isinstance(self.eps, bool) or not isinstance(self.eps, int | float) or not 0 < self.eps < 1:
+            raise ValueError(f"eps {_shown(self.eps)}: expected a number between 0 and 1")
         for name in ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len"):
             if getattr(self, name) is not None:
                 raise ValueError(
-                    f"{name} {getattr(self, name)}: image embeddings (Wan2.1 image-to-video) are not supported;"
+                    f"{name} {_shown(getattr(self, name))}: image embeddings (Wan2.1 image-to-video) are not supported;"
                     " use a text-to-video or a Wan2.2 model"
                 )
 
@@ -75,6 +85,19 @@ class WanConfig:
     def hidden_size(self) -> int:
         """Width d of the token embeddings."""
         return self.num_attention_heads * self.attention_head_dim
+
+    @classmethod
+    def read(cls, path: Path) -> "WanConfig":
+        """Reads a config.json; see `from_hf`.
+
+        Raises:
+            ValueError: names the file and what is wrong with it.
+        """
+        content = read_json_object(path)
+        try:
+            return cls.from_hf(content)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "WanConfig":
@@ -85,14 +108,17 @@ class WanConfig:
         """
         class_name = config.get("_class_name", _CLASS_NAME)
         if class_name not in (_CLASS_NAME, "WanModel"):
-            raise ValueError(f"config: _class_name {class_name} is not a Wan transformer; expected {_CLASS_NAME}")
+            raise ValueError(
+                f"config: _class_name {_shown(class_name)} is not a Wan transformer; expected {_CLASS_NAME}"
+            )
         known = {field.name for field in fields(cls)}
         values = {name: value for name, value in config.items() if not name.startswith("_")}
         if "dim" in values:
             values = _from_original(values)
         unknown = sorted(name for name, value in values.items() if name not in known and value is not None)
         if unknown:
-            raise ValueError(f"config: unknown entries {', '.join(unknown)}; is this a Wan transformer's config?")
+            named = ", ".join(_shown(name) for name in unknown[:5])
+            raise ValueError(f"config: unknown entries {named}; is this a Wan transformer's config?")
         missing = [field.name for field in fields(cls) if field.default is MISSING and field.name not in values]
         if missing:
             raise ValueError(f"config: missing entries {', '.join(missing)}; add them to config.json")
@@ -108,13 +134,21 @@ class WanConfig:
         return {"_class_name": _CLASS_NAME, **asdict(self), "patch_size": list(self.patch_size)}
 
     def _require_count(self, name: str) -> None:
-        value = getattr(self, name)
+        value, largest = getattr(self, name), _LARGEST.get(name, _LARGEST_COUNT)
         if not _is_count(value):
-            raise ValueError(f"{name} {value!r}: expected a positive integer")
+            raise ValueError(f"{name} {_shown(value)}: expected a positive integer")
+        if value > largest:
+            raise ValueError(f"{name} {_shown(value)}: no Wan model has more than {largest}; is this its config?")
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+def _is_count(value: Any, largest: float = math.inf) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= largest
+
+
+def _shown(value: Any) -> str:
+    """A value out of a file, in a length that fits a line."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _from_original(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -122,7 +156,7 @@ def _from_original(config: Mapping[str, Any]) -> dict[str, Any]:
     values = {_ORIGINAL_NAMES.get(name, name): value for name, value in config.items() if name not in _ORIGINAL_EXTRA}
     heads = values.get("num_attention_heads")
     if not _is_count(heads) or not _is_count(config["dim"]) or config["dim"] % heads:
-        raise ValueError(f"config: dim {config['dim']!r} is not a multiple of num_heads {heads!r}")
+        raise ValueError(f"config: dim {_shown(config['dim'])} is not a multiple of num_heads {_shown(heads)}")
     if config.get("model_type") == "i2v" and values.get("in_channels") == 36 and "image_dim" in values:
         raise ValueError("config: model_type i2v with image embeddings (Wan2.1) is not supported; use a Wan2.2 model")
     return {**values, "attention_head_dim": config["dim"] // heads}

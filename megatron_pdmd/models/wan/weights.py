@@ -1,6 +1,10 @@
-"""Names of Wan's weights: ours are diffusers', and original Wan checkpoints are renamed on the way in."""
+"""Names and shapes of Wan's weights: ours are diffusers', and original Wan checkpoints are renamed on the way in."""
 
+import math
 import re
+from collections.abc import Iterable
+
+from megatron_pdmd.models.wan.config import WanConfig
 
 # (original Wan, diffusers) for the part of a name after `blocks.<i>.` and for names outside of the blocks.
 _BLOCK_NAMES = (
@@ -26,6 +30,47 @@ _OUTER_NAMES = (
     ("head.head", "proj_out"),
 )
 _NAME = re.compile(r"(?P<block>blocks\.\d+\.)?(?P<module>.+?)(?P<parameter>\.(weight|bias))?")
+
+
+def tensor_shapes(config: WanConfig) -> dict[str, tuple[int, ...]]:
+    """Name -> whole shape of every tensor of a model, known without building it."""
+    size, patch = config.hidden_size, config.patch_size
+    tensors = {
+        "scale_shift_table": (1, 2, size),
+        "patch_embedding.weight": (size, config.in_channels, *patch),
+        "patch_embedding.bias": (size,),
+        **_linear("condition_embedder.time_embedder.linear_1", size, config.freq_dim),
+        **_linear("condition_embedder.time_embedder.linear_2", size, size),
+        **_linear("condition_embedder.time_proj", 6 * size, size),
+        **_linear("condition_embedder.text_embedder.linear_1", size, config.text_dim),
+        **_linear("condition_embedder.text_embedder.linear_2", size, size),
+        **_linear("proj_out", config.out_channels * math.prod(patch), size),
+    }
+    block = _block_shapes(config)
+    for index in range(config.num_layers):
+        tensors |= {f"blocks.{index}.{name}": shape for name, shape in block.items()}
+    return tensors
+
+
+def _block_shapes(config: WanConfig) -> dict[str, tuple[int, ...]]:
+    size = config.hidden_size
+    tensors: dict[str, tuple[int, ...]] = {"scale_shift_table": (1, 6, size)}
+    for attention in ("attn1", "attn2"):
+        for linear in ("to_q", "to_k", "to_v", "to_out.0"):
+            tensors |= _linear(f"{attention}.{linear}", size, size)
+        tensors |= {f"{attention}.norm_{letter}.weight": (size,) for letter in "qk"}
+    if config.cross_attn_norm:
+        tensors |= {f"norm2.{parameter}": (size,) for parameter in ("weight", "bias")}
+    return tensors | _linear("ffn.net.0.proj", config.ffn_dim, size) | _linear("ffn.net.2", size, config.ffn_dim)
+
+
+def _linear(name: str, outputs: int, inputs: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
+
+
+def count_blocks(names: Iterable[str]) -> int:
+    """How many blocks the tensors of a model belong to, whichever release named them."""
+    return len({match["block"] for name in names if (match := _NAME.fullmatch(name)) and match["block"]})
 
 
 def from_original_name(name: str) -> str:
