@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -72,9 +72,8 @@ def check_destination(folder: Path, flag: str, is_ours: Callable[[Path], bool]) 
     check_writable(folder, flag)
     if folder.exists() and any(folder.iterdir()) and not is_ours(folder):
         raise ValueError(f"{flag} {folder}: is not empty and not made by this program; name a new folder")
-    for neighbour in _neighbours(folder):
-        leftover = (neighbour / UNFINISHED).is_file() or (neighbour.is_dir() and is_ours(neighbour))
-        if neighbour.exists() and not leftover:
+    for neighbour in (unfinished(folder), _replaced(folder)):
+        if neighbour.exists() and not (neighbour / UNFINISHED).is_file():
             raise ValueError(f"{flag} {folder}: {neighbour} is in the way; move it, or name another folder")
 
 
@@ -100,6 +99,24 @@ def check_writable(folder: Path, flag: str) -> None:
         raise ValueError(f"{flag} {folder}: {above} cannot be written; name another folder or change its permissions")
 
 
+def check_file_destination(path: Path, flag: str, endings: Collection[str] = ()) -> None:
+    """Refuses a file that `written_whole` could not write. It writes nothing.
+
+    Args:
+        path: the file, there already or not.
+        flag: option that names it.
+        endings: what its name may end in, as in `.png`; anything where there are none.
+
+    Raises:
+        ValueError: a folder, another ending, or a place where nothing can be written.
+    """
+    if path.is_dir():
+        raise ValueError(f"{flag} {path}: is a folder; name a file")
+    check_writable(path.absolute().parent if path.exists() else path, flag)
+    if endings and path.suffix.lower() not in endings:
+        raise ValueError(f"{flag} {path}: name a file that ends in {' or '.join(endings)}")
+
+
 def begin_folder(folder: Path, flag: str, is_ours: Callable[[Path], bool]) -> Path:
     """A folder to write into, beside the one it will replace; `finish_folder` or `drop_folder` ends it.
 
@@ -107,11 +124,12 @@ def begin_folder(folder: Path, flag: str, is_ours: Callable[[Path], bool]) -> Pa
         ValueError: see `check_destination`.
     """
     check_destination(folder, flag, is_ours)
-    partial, old = _neighbours(folder)
+    partial, old = unfinished(folder), _replaced(folder)
     if old.exists() and not (folder.exists() and any(folder.iterdir())):  # a crash came between two renames
         if folder.exists():
             folder.rmdir()
         old.rename(folder)
+    (folder / UNFINISHED).unlink(missing_ok=True)
     for leftover in (partial, old):
         if leftover.exists():
             shutil.rmtree(leftover)
@@ -122,14 +140,19 @@ def begin_folder(folder: Path, flag: str, is_ours: Callable[[Path], bool]) -> Pa
 
 def finish_folder(folder: Path) -> None:
     """Puts the folder that `begin_folder` made in the place of `folder`."""
-    partial, old = _neighbours(folder)
+    partial, old = unfinished(folder), _replaced(folder)
     (partial / UNFINISHED).unlink()
-    if folder.exists():
+    if folder.exists() and not any(folder.iterdir()):
+        folder.rmdir()
+    elif folder.exists():
+        (folder / UNFINISHED).touch()  # by which the next call knows it from a user's folder of that name
         folder.rename(old)
     try:
         partial.rename(folder)
     except OSError:
-        old.rename(folder)
+        if old.exists():
+            old.rename(folder)
+            (folder / UNFINISHED).unlink()
         raise
     synchronise(folder.absolute().parent)
     shutil.rmtree(old, ignore_errors=True)
@@ -137,7 +160,7 @@ def finish_folder(folder: Path) -> None:
 
 def drop_folder(folder: Path) -> None:
     """Removes the folder that `begin_folder` made; `folder` stays as it was."""
-    shutil.rmtree(_neighbours(folder)[0], ignore_errors=True)
+    shutil.rmtree(unfinished(folder), ignore_errors=True)
 
 
 @contextmanager
@@ -163,7 +186,13 @@ def replaced_whole(folder: Path, flag: str, is_ours: Callable[[Path], bool]) -> 
         raise
 
 
-def _neighbours(folder: Path) -> tuple[Path, Path]:
-    """Where a folder is written, and where the one it replaces waits until it has been."""
+def unfinished(folder: Path) -> Path:
+    """Where `begin_folder` lets a folder be written."""
     folder = folder.absolute()
-    return folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
+    return folder.with_name(f".{folder.name}.partial")
+
+
+def _replaced(folder: Path) -> Path:
+    """Where the folder that another replaces waits until it has been."""
+    folder = folder.absolute()
+    return folder.with_name(f".{folder.name}.old")

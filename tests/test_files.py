@@ -6,7 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from megatron_pdmd.files import UNFINISHED, check_destination, check_writable, replaced_whole, write_json, written_whole
+from megatron_pdmd.files import (
+    UNFINISHED,
+    check_destination,
+    check_file_destination,
+    check_writable,
+    replaced_whole,
+    write_json,
+    written_whole,
+)
 
 
 def is_ours(folder: Path) -> bool:
@@ -67,10 +75,44 @@ def test_what_a_killed_program_left_is_taken_up(tmp_path):
     (partial / UNFINISHED).touch()
     write_ours(out, "second")
     assert (out / "ours").read_text() == "second" and names(tmp_path) == {"out"}
+    (out / UNFINISHED).touch()
     out.rename(old)  # killed between the two renames
     with pytest.raises(KeyError), replaced_whole(out, "--out", is_ours):
         raise KeyError
     assert (out / "ours").read_text() == "second" and names(tmp_path) == {"out"}
+
+
+def test_an_older_folder_that_the_user_kept_under_the_name_in_between_stays(tmp_path):
+    write_ours(tmp_path / "out", "first")
+    (tmp_path / "out").rename(tmp_path / ".out.old")
+    with pytest.raises(ValueError, match=r"\.out\.old is in the way"):
+        write_ours(tmp_path / "out", "second")
+    assert (tmp_path / ".out.old" / "ours").read_text() == "first" and names(tmp_path) == {".out.old"}
+
+
+def test_a_folder_that_could_not_take_the_place_leaves_the_old_one(tmp_path, monkeypatch):
+    out, rename = tmp_path / "out", Path.rename
+    write_ours(out, "first")
+
+    def refused(path, target):
+        if path.name.endswith(".partial"):
+            raise OSError(5, "Input/output error")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refused)
+    with pytest.raises(OSError, match="Input/output"):
+        write_ours(out, "second")
+    assert (out / "ours").read_text() == "first" and names(out) == {"ours"} and names(tmp_path) == {"out"}
+
+
+def test_a_file_that_cannot_be_written_is_refused_before(tmp_path):
+    (tmp_path / "there.png").touch()
+    check_file_destination(tmp_path / "there.png", "--save", (".png",))
+    check_file_destination(tmp_path / "new" / "a.PNG", "--save", (".png",))
+    for name, message in (("", "is a folder"), ("there.png/a.png", "is a file"), ("a.xyz", "ends in .png")):
+        with pytest.raises(ValueError, match=message):
+            check_file_destination(tmp_path / name, "--save", (".png",))
+    assert names(tmp_path) == {"there.png"}
 
 
 def test_a_destination_is_checked_without_a_trace(tmp_path):

@@ -6,17 +6,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-GROUND = {
-    "config",
-    "pdmd_kernels",
-    "errors",
-    "documents",
-    "files",
-    "limits",
-    "options",
-    "environment",
-    "safetensors_files",
-}
+GROUND = {"config", "pdmd_kernels"}
+GROUND |= {"errors", "documents", "files", "limits", "options", "environment", "safetensors_files"}
 MAY_IMPORT = {
     "pdmd_kernels": set(),
     "config": set(),

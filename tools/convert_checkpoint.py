@@ -5,7 +5,7 @@ python tools/convert_checkpoint.py export --load runs/quickstart --hf exports/lo
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -14,16 +14,22 @@ import tyro
 
 from megatron_pdmd.arguments import load_recipe
 from megatron_pdmd.config import Config
-from megatron_pdmd.conversion.lora_files import LoraFormat, export_loras
+from megatron_pdmd.conversion.export import is_export
+from megatron_pdmd.conversion.few_step_sampling import FewStepSampling
+from megatron_pdmd.conversion.lora_files import LoraFormat
+from megatron_pdmd.conversion.lora_folder import export_loras, is_lora_folder
 from megatron_pdmd.conversion.pipeline_folder import PipelineFolder, read_pipeline
 from megatron_pdmd.conversion.verify import ExpertLora, verify_export
 from megatron_pdmd.diffusion.noise_schedule import FlowMatchingSchedule
 from megatron_pdmd.diffusion.phases import Phase, PhasePlan, deployment_boundary
 from megatron_pdmd.diffusion.sampler import sample
 from megatron_pdmd.distillation.randomness import Counter, Purpose
+from megatron_pdmd.documents import read_json_object
 from megatron_pdmd.errors import parse_options, user_errors
+from megatron_pdmd.files import check_destination
 from megatron_pdmd.models import from_hf
 from megatron_pdmd.models.lora import adapter_state_dict
+from megatron_pdmd.models.wan import WanConfig
 from megatron_pdmd.training.checkpointing import latest_checkpoint
 from megatron_pdmd.training.networks import Networks
 from megatron_pdmd.training.outcome import export_run
@@ -42,6 +48,8 @@ class ConvertOptions:
     load: Path
     # Folder for the result.
     hf: Path
+    # The teacher's folder, where it is no longer at the place that the run knows.
+    teacher: Path | None = None
     # merged: a pipeline folder with adapters merged into the weights; lora: a LoRA file for each expert.
     weights: Literal["merged", "lora"] = "merged"
     # Whose key names the LoRA files have; see megatron_pdmd/conversion/lora_files.py.
@@ -65,81 +73,131 @@ class Run:
 def main() -> None:
     with user_errors():
         options = parse_options(ConvertOptions, __doc__)
-        run = load_run(options.load)
+        run = load_run(options)
         if options.weights == "merged":
             export_run(run.config, run.source, run.plan, run.networks, options.hf)
             folder, loras = options.hf, []
         else:
             folder, loras = run.source.path, export_adapters(run, options.hf, options.lora_format)
-        print(f"exported {len(run.plan.phases)} experts to {options.hf}")
+        print(f"exported {len(run.plan.phases)} experts to {options.hf}", flush=True)
         difference = compare(run, folder, loras) if options.verify else 0.0
     if options.verify:
         print(f"relative difference to diffusers: {difference:.2e}")
-    if difference > LARGEST_DIFFERENCE[run.dtype]:
+    if not difference <= LARGEST_DIFFERENCE[run.dtype]:
         sys.exit(f"diffusers draws other samples than the run: more than {LARGEST_DIFFERENCE[run.dtype]} apart")
 
 
-def load_run(folder: Path) -> Run:
+def load_run(options: ConvertOptions) -> Run:
     """The experts of a run's latest checkpoint, on top of its teacher.
 
     Raises:
-        ValueError: no run, no checkpoint, a phase that has not begun, or a teacher that has moved.
+        ValueError: no run, no checkpoint, a phase that has not begun, a teacher that has moved, or options that do not
+            fit the run; before anything large is read.
     """
-    recipe = folder / "config.yaml"
-    if not recipe.is_file():
-        raise ValueError(f"--load {folder}: no run there (config.yaml is missing)")
-    config = load_recipe(recipe)
-    checkpoint = latest_checkpoint(folder / "checkpoints")
+    check_destination(options.hf, "--hf", is_export if options.weights == "merged" else is_lora_folder)
+    config = run_config(options)
+    checkpoint = latest_checkpoint(options.load / "checkpoints")
     if checkpoint is None:
-        raise ValueError(f"--load {folder}: has no checkpoint yet")
-    method, source = config.method, read_pipeline(config.model.teacher)
+        raise ValueError(f"--load {options.load}: has no checkpoint yet")
+    method, source = config.method, run_teacher(config)
     schedule = FlowMatchingSchedule(method.timestep_shift)
     plan = PhasePlan.build(method.num_steps, method.phase_steps, schedule, source.boundary_ratio)
+    check_options(options, config, source, plan)
+    if not 1 <= checkpoint.progress.phase <= len(plan.phases):
+        raise ValueError(
+            f"{checkpoint.folder}: is in phase {checkpoint.progress.phase}, but the run's config.yaml has "
+            f"{len(plan.phases)}; restore the file that belongs to it"
+        )
     for phase in plan.phases:
         if _state(phase) not in checkpoint.states:
             raise ValueError(
-                f"--load {folder}: phase {phase.index} has not begun by its last checkpoint; train it first"
+                f"--load {options.load}: phase {phase.index} has not begun by its last checkpoint; train it first"
             )
     dtype = torch.bfloat16 if config.training.bf16 else torch.float32
     used = dict.fromkeys(phase.expert for phase in plan.phases)
-    teacher = {expert: from_hf(source.path, source.experts[expert], dtype=dtype) for expert in used}
+    teacher = {}
+    for expert in used:
+        print(f"loading the teacher's {source.experts[expert]} of {source.path}", flush=True)
+        teacher[expert] = from_hf(source.path, source.experts[expert], dtype=dtype)
     networks = Networks(teacher, method, config.training.seed)
     for phase in plan.phases:
         networks.add_expert(phase.index, phase.expert)
         checkpoint.read(_state(phase), networks.expert_state(phase.index))
+    print(f"read {checkpoint.folder}", flush=True)
     return Run(config, source, schedule, plan, networks, dtype)
 
 
-def export_adapters(run: Run, destination: Path, lora_format: LoraFormat) -> list[ExpertLora]:
-    """A LoRA file for each phase.
+def run_config(options: ConvertOptions) -> Config:
+    """The run's options, with `--teacher` in them.
 
     Raises:
-        ValueError: the run trained full copies.
+        ValueError: no run there, or its config.yaml is damaged.
     """
-    if run.config.method.generator != "lora":
+    recipe = options.load / "config.yaml"
+    if not recipe.is_file():
+        raise ValueError(f"--load {options.load}: no run there (config.yaml is missing)")
+    config = load_recipe(recipe)
+    return config if options.teacher is None else replace(config, model=replace(config.model, teacher=options.teacher))
+
+
+def run_teacher(config: Config) -> PipelineFolder:
+    """The teacher that a run names.
+
+    Raises:
+        ValueError: it is not there, or is no pipeline folder.
+    """
+    if not config.model.teacher.is_dir():
+        raise ValueError(f"--teacher {config.model.teacher}: the run's teacher is not there; name its new place")
+    return read_pipeline(config.model.teacher)
+
+
+def check_options(options: ConvertOptions, config: Config, source: PipelineFolder, plan: PhasePlan) -> None:
+    """Refuses what would fail after the export's work.
+
+    Raises:
+        ValueError: full copies as LoRA files, more experts than diffusers holds, or samples of image-to-video.
+    """
+    if options.weights == "lora" and config.method.generator != "lora":
         raise ValueError("--weights lora: the run was trained with --generator full; export --weights merged")
+    if options.weights == "merged" or options.verify:
+        deployment_boundary(plan)
+    if options.verify:
+        path = source.path / source.experts[plan.phases[0].expert] / "config.json"
+        model = WanConfig.from_hf(read_json_object(path))
+        if model.in_channels != model.out_channels:
+            raise ValueError("--verify: the teacher takes an image, and only text-to-video pipelines can be compared")
+
+
+def export_adapters(run: Run, destination: Path, lora_format: LoraFormat) -> list[ExpertLora]:
+    """A LoRA file for each phase."""
     adapters = {}
     for phase in run.plan.phases:
         trained = run.networks.delivered(phase.index)
         adapters[f"phase_{phase.index}_{phase.expert}"] = adapter_state_dict(trained.model, trained.adapter)
-    sampling = {
-        "teacher_transformers": [run.source.experts[phase.expert] for phase in run.plan.phases],
-        "steps": [list(phase.steps) for phase in run.plan.phases],
-        "timestep_shift": run.config.method.timestep_shift,
-        "guidance_scale": 1.0,
-        "prompt_length": run.config.data.prompt_length,
-    }
-    alpha = run.config.method.lora_alpha
-    files = export_loras(destination, adapters, alpha=alpha, lora_format=lora_format, sampling=sampling)
-    bases = sampling["teacher_transformers"]
+    data, phases = run.config.data, run.plan.phases
+    sampling = FewStepSampling(
+        tuple(phase.steps for phase in phases),
+        run.config.method.timestep_shift,
+        deployment_boundary(run.plan) if len(phases) <= 2 else None,
+        prompt_length=data.prompt_length,
+        latent_size=(data.frames, data.height, data.width),
+    )
+    bases = tuple(run.source.experts[phase.expert] for phase in phases)
+    files = export_loras(
+        destination,
+        adapters,
+        alpha=run.config.method.lora_alpha,
+        source=run.source,
+        bases=bases,
+        sampling=sampling,
+        lora_format=lora_format,
+    )
     return [ExpertLora(base, path) for base, path in zip(bases, files.values(), strict=True)]
 
 
 def compare(run: Run, folder: Path, loras: list[ExpertLora]) -> float:
     """The relative difference between diffusers' samples of what was exported and the run's own, on two small clips."""
     model = run.networks.delivered(1).model.config
-    if model.in_channels != model.out_channels:
-        raise ValueError("--verify: the teacher takes an image, and only text-to-video pipelines can be compared")
     counter = Counter(run.config.training.seed, phase=0, iteration=0, update=0)
     frames = min(3, run.config.data.frames)
     shape = (model.in_channels, frames, 4 * model.patch_size[1], 4 * model.patch_size[2])
@@ -161,6 +219,7 @@ def compare(run: Run, folder: Path, loras: list[ExpertLora]) -> float:
         dtype=run.dtype,
         loras=loras,
         boundary_ratio=deployment_boundary(run.plan),
+        shift=run.schedule.shift if loras else None,  # a merged export has a scheduler of its own
     )
 
 

@@ -1,6 +1,5 @@
 """The trained experts as a Hugging Face pipeline folder that diffusers loads by itself."""
 
-import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,17 +10,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_pdmd.conversion.few_step_sampling import FORMAT, SAMPLING_FILE, FewStepSampling
 from megatron_pdmd.conversion.model_card import model_card
 from megatron_pdmd.conversion.pipeline_folder import TRANSFORMERS, PipelineFolder, read_pipeline
 from megatron_pdmd.conversion.weight_files import WeightFile, plan_files, write_index
 from megatron_pdmd.conversion.writers import Writers
 from megatron_pdmd.errors import require_space
+from megatron_pdmd.files import begin_folder, drop_folder, finish_folder, unfinished, write_json, write_text
 from megatron_pdmd.models.lora import WholeTensor
 from megatron_pdmd.parallel.agreement import together
-from megatron_pdmd.safetensors_files import DIFFUSERS_STEM, StoredTensor, read_model_header
+from megatron_pdmd.safetensors_files import DIFFUSERS_STEM, read_model_header
 
-SAMPLING_FILE = "few_step_sampling.json"
-_FORMAT = "megatron-pdmd-few-step"
 _NEVER_COPIED = shutil.ignore_patterns("*.py", "*.pyc", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", ".*")
 
 
@@ -50,6 +49,7 @@ def export_pipeline(
     dtype: torch.dtype | None = None,
     max_shard_size: int = 5_000_000_000,
     prompt_length: int | None = None,
+    latent_size: tuple[int, int, int] | None = None,
 ) -> None:
     """Writes the experts with everything else that the source's pipeline has. Called on all ranks.
 
@@ -65,28 +65,21 @@ def export_pipeline(
         boundary_ratio: noise level that separates two experts; their middle where not given.
         dtype: of the weights; None keeps what `experts` have.
         max_shard_size: bytes in one file.
-        prompt_length: tokens that the experts were trained with; told in the model card.
+        prompt_length: tokens that the experts were trained with.
+        latent_size: frames, rows and columns of the latents that they were trained with.
 
     Raises:
         ValueError: more experts than a pipeline holds, a boundary that does not separate them, weights that do not fit
-            the source's, an occupied destination, or no space on the disk.
+            the source's or are not finite, an occupied destination, or no space on the disk; on all ranks.
         Exception: what any rank met while writing, on all ranks.
     """
     destination, writers = Path(destination), Writers.current()
     with together(writers.group):
-        boundary_ratio = _checked_boundary(experts, boundary_ratio)
-        for subfolder, expert in zip(TRANSFORMERS, experts, strict=False):
-            header = read_model_header(source.path / source.experts[expert.base], DIFFUSERS_STEM)
-            _check_shapes(subfolder, {name: tuple(t.shape) for name, t in expert.tensors.items()}, header)
-    sampling = {
-        "format": _FORMAT,
-        "steps": [list(expert.steps) for expert in experts],
-        "timestep_shift": shift,
-        "boundary_ratio": boundary_ratio,
-        "guidance_scale": 1.0,
-        "prompt_length": prompt_length,
-    }
-    with replaced_folder(destination, lambda folder: (folder / SAMPLING_FILE).is_file(), writers.group) as partial:
+        boundary = _checked_boundary(experts, boundary_ratio)
+        _check_weights(source, experts)
+    steps = tuple(expert.steps for expert in experts)
+    sampling = FewStepSampling(steps, shift, boundary, prompt_length=prompt_length, latent_size=latent_size)
+    with shared_folder(destination, is_export, writers.group) as partial:
         models = [
             plan_files(partial / subfolder, expert.tensors, dtype=dtype, max_shard_size=max_shard_size)
             for subfolder, expert in zip(TRANSFORMERS, experts, strict=False)
@@ -107,6 +100,43 @@ def export_pipeline(
                 read_pipeline(partial)
 
 
+def is_export(folder: Path) -> bool:
+    """Whether `export_pipeline` made a folder."""
+    return (folder / SAMPLING_FILE).is_file()
+
+
+@contextmanager
+def shared_folder(
+    destination: Path, is_ours: Callable[[Path], bool], group: dist.ProcessGroup | None = None
+) -> Iterator[Path]:
+    """`files.replaced_whole` for ranks that write into one folder; what the body raises, it raises on all of them.
+
+    Args:
+        destination: new, empty, or made by an earlier call.
+        is_ours: tells whether a folder that is not empty may be replaced.
+        group: the ranks.
+
+    Raises:
+        ValueError: the destination holds something else.
+    """
+    leads = not dist.is_initialized() or dist.get_rank() == 0
+    with together(group):
+        if leads:
+            begin_folder(destination, "--hf", is_ours)
+    try:
+        yield unfinished(destination)
+        with together(group):
+            if leads:
+                finish_folder(destination)
+    except BaseException as error:
+        if leads:
+            drop_folder(destination)
+        if isinstance(error, Exception):  # no rank ends the job before the folder is gone
+            with together(group):
+                pass
+        raise
+
+
 def _make_folders(source: PipelineFolder, destination: Path, models: Sequence[Sequence[WeightFile]]) -> None:
     """Makes the models' folders where the disk has room for everything."""
     copied = (source.path / name for name in _copied(source))
@@ -125,7 +155,7 @@ def _write_rest(
     source: PipelineFolder,
     experts: Sequence[TrainedExpert],
     models: Sequence[Sequence[WeightFile]],
-    sampling: Mapping[str, Any],
+    sampling: FewStepSampling,
     partial: Path,
 ) -> None:
     """Everything but the weights: their indices, the other parts of the pipeline, and how it is to be sampled."""
@@ -136,82 +166,15 @@ def _write_rest(
     for expert, files in zip(experts, models, strict=True):
         shutil.copyfile(source.path / source.experts[expert.base] / "config.json", files[0].path.parent / "config.json")
         write_index(files)
-    _write_scheduler(partial / "scheduler", sampling["timestep_shift"])
-    _write_json(partial / "model_index.json", _model_index(source, len(experts), sampling["boundary_ratio"]))
-    _write_json(partial / SAMPLING_FILE, sampling)
-    (partial / "README.md").write_text(model_card(source, [expert.steps for expert in experts], sampling))
+    _write_scheduler(partial / "scheduler", sampling.timestep_shift)
+    write_json(partial / "model_index.json", _model_index(source, len(experts), sampling.boundary_ratio))
+    write_json(partial / SAMPLING_FILE, {"format": FORMAT, **sampling.to_json()})
+    write_text(partial / "README.md", model_card(source, sampling))
 
 
 def _copied(source: PipelineFolder) -> list[str]:
     """The components that an export takes over as they are."""
     return [name for name in source.model_classes if name not in (*TRANSFORMERS, "scheduler")]
-
-
-def read_sampling(folder: Path) -> dict[str, Any] | None:
-    """How an exported pipeline is to be sampled, or None where the folder is not an export.
-
-    Returns:
-        `steps` (noise levels of each expert), `timestep_shift`, `boundary_ratio`, `guidance_scale`, `prompt_length`.
-
-    Raises:
-        ValueError: the description is damaged.
-    """
-    path = Path(folder) / SAMPLING_FILE
-    if not path.is_file():
-        return None
-    try:
-        sampling = json.loads(path.read_text(encoding="utf-8"))
-        whole = sampling["format"] == _FORMAT and all(0 < t <= 1 for steps in sampling["steps"] for t in steps)
-        whole = whole and sampling["timestep_shift"] > 0 and sampling.keys() >= {"guidance_scale", "prompt_length"}
-    except (OSError, ValueError, KeyError, TypeError):
-        whole = False
-    if not whole:
-        raise ValueError(f"{path}: is damaged; export the run again")
-    return sampling
-
-
-@contextmanager
-def replaced_folder(
-    destination: Path, is_ours: Callable[[Path], bool], group: dist.ProcessGroup | None = None
-) -> Iterator[Path]:
-    """A folder to write into, which becomes `destination` when the body is done and vanishes when it fails.
-
-    Args:
-        destination: new, empty, or made by an earlier call.
-        is_ours: tells whether a folder that is not empty may be replaced.
-        group: the ranks that write into it; what the body raises, it raises on all of them.
-
-    Raises:
-        ValueError: the destination holds something else.
-    """
-    leads = not dist.is_initialized() or dist.get_rank() == 0
-    partial, old = (destination.with_name(f".{destination.name}.{kind}") for kind in ("partial", "old"))
-    with together(group):
-        if leads:
-            if destination.exists() and not destination.is_dir():
-                raise ValueError(f"--hf {destination}: is a file; name a folder")
-            if destination.exists() and any(destination.iterdir()) and not is_ours(destination):
-                raise ValueError(
-                    f"--hf {destination}: is not empty and not an export of this program; name a new folder"
-                )
-            for leftover in (partial, old):
-                shutil.rmtree(leftover, ignore_errors=True)
-            partial.mkdir(parents=True)
-    try:
-        yield partial
-    except BaseException as error:
-        if leads:
-            shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, Exception):  # no rank ends the job before the folder is gone
-            with together(group):
-                pass
-        raise
-    with together(group):
-        if leads:
-            if destination.exists():
-                destination.rename(old)
-            partial.rename(destination)
-            shutil.rmtree(old, ignore_errors=True)
 
 
 def _checked_boundary(experts: Sequence[TrainedExpert], boundary: float | None) -> float | None:
@@ -231,15 +194,19 @@ def _checked_boundary(experts: Sequence[TrainedExpert], boundary: float | None) 
     return boundary
 
 
-def _check_shapes(subfolder: str, shapes: Mapping[str, tuple[int, ...]], header: Mapping[str, StoredTensor]) -> None:
-    expected = {name: tensor.shape for name, tensor in header.items()}
-    wrong = sorted(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name))
-    if wrong:
-        name = wrong[0]
-        raise ValueError(
-            f"{subfolder}: {len(wrong)} tensors do not fit the source's, such as '{name}': "
-            f"{shapes.get(name, 'missing')} for {expected.get(name, 'none')}; name the teacher that was distilled"
-        )
+def _check_weights(source: PipelineFolder, experts: Sequence[TrainedExpert]) -> None:
+    """Refuses experts of other tensors than those they were trained from."""
+    for subfolder, expert in zip(TRANSFORMERS, experts, strict=False):
+        header = read_model_header(source.path / source.experts[expert.base], DIFFUSERS_STEM)
+        expected = {name: tensor.shape for name, tensor in header.items()}
+        shapes = {name: tuple(tensor.shape) for name, tensor in expert.tensors.items()}
+        wrong = sorted(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name))
+        if wrong:
+            name = wrong[0]
+            raise ValueError(
+                f"{subfolder}: {len(wrong)} tensors do not fit the source's, such as '{name}': "
+                f"{shapes.get(name, 'missing')} for {expected.get(name, 'none')}; name the teacher that was distilled"
+            )
 
 
 def _model_index(source: PipelineFolder, experts: int, boundary_ratio: float | None) -> dict[str, Any]:
@@ -255,10 +222,5 @@ def _model_index(source: PipelineFolder, experts: int, boundary_ratio: float | N
 
 
 def _write_scheduler(folder: Path, shift: float) -> None:
-    folder.mkdir()
     config = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": shift}
-    _write_json(folder / "scheduler_config.json", config)
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "scheduler_config.json", config)

@@ -10,21 +10,21 @@ Readers differ in what they take for alpha where a file does not say, and some i
 folded into the second matrix in every format, and an alpha that is written equals the rank: every reader's scale is 1.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
-from megatron_pdmd.conversion.export import replaced_folder
-from megatron_pdmd.errors import require_space
+from megatron_pdmd.conversion.weight_files import first_not_finite, read_header
 
 LoraFormat = Literal["diffusers", "comfyui", "lightx2v"]
-_MANIFEST = "lora_files.json"
 _DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
+_PARTS = {"lora_A.weight": "A", "lora_down.weight": "A", "lora_B.weight": "B", "lora_up.weight": "B", "alpha": "alpha"}
+_KEY = re.compile(rf"(?P<module>.+)\.(?P<part>{'|'.join(map(re.escape, _PARTS))})")
 _TO_ORIGINAL = (
     (r"\.attn1\.", ".self_attn."),
     (r"\.attn2\.", ".cross_attn."),
@@ -78,42 +78,60 @@ def lora_tensors(
     return tensors
 
 
-def export_loras(
-    destination: Path,
-    adapters: Mapping[str, Mapping[str, torch.Tensor]],
-    *,
-    alpha: float,
-    lora_format: LoraFormat = "diffusers",
-    dtype: torch.dtype | None = None,
-    sampling: Mapping[str, Any] | None = None,
-) -> dict[str, Path]:
-    """Writes `<name>.safetensors` for each expert and `lora_files.json`, which says how they are to be sampled.
+def read_lora(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """A LoRA file of any of the formats, for a model that it fits.
 
     Args:
-        destination: a new or empty folder, or an earlier export of LoRA files, which is replaced.
-        adapters: expert's name -> adapter, as `lora_tensors` takes it; first phase first.
-        alpha: of all adapters.
-        lora_format: see the module's table.
-        dtype: of the files.
-        sampling: kept in `lora_files.json`: noise levels, shift, boundary.
+        path: the file.
+        shapes: the model's tensors under diffusers' names.
 
     Returns:
-        The file of each expert.
+        Module's name -> A [rank, in] and B [out, rank], B with the file's alpha / rank.
 
     Raises:
-        ValueError: an occupied destination, or no space on the disk.
+        ValueError: a file that is damaged or empty, a key that is no module's or lacks its pair, a shape that does not
+            fit, or a number that is not finite.
     """
-    destination = Path(destination)
-    require_space(
-        destination,
-        sum(t.numel() * t.element_size() for adapter in adapters.values() for t in adapter.values()),
-        "--hf",
+    read_header(path)
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: cannot be read ({error}); export the LoRA files again") from None
+    if name := first_not_finite(tensors):
+        raise ValueError(f"{path}: tensor '{name}' holds NaN or infinity; export the LoRA files again")
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    modules = _modules_by_key(shapes)
+    for key, tensor in tensors.items():
+        match = _KEY.fullmatch(key)
+        if match is None or match["module"] not in modules:
+            raise ValueError(f"{path}: '{key}' belongs to no module of the teacher; is it the one that was distilled?")
+        found.setdefault(modules[match["module"]], {})[_PARTS[match["part"]]] = tensor
+    if not found:
+        raise ValueError(f"{path}: holds no tensor; export the LoRA files again")
+    return {module: _pair(path, module, parts, shapes[f"{module}.weight"]) for module, parts in found.items()}
+
+
+def _modules_by_key(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    """What a module may be called in a file -> its name in the model."""
+    modules = [
+        name.removesuffix(".weight") for name, shape in shapes.items() if name.endswith(".weight") and len(shape) == 2
+    ]
+    named = {f"transformer.{module}": module for module in modules}
+    return named | {f"diffusion_model.{original_module_name(module)}": module for module in modules}
+
+
+def _pair(
+    path: Path, module: str, parts: Mapping[str, torch.Tensor], shape: tuple[int, ...]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if not {"A", "B"} <= parts.keys():
+        raise ValueError(f"{path}: module '{module}' has not both of its matrices; export the LoRA files again")
+    down, up, alpha = parts["A"], parts["B"], parts.get("alpha")
+    fit = (
+        down.ndim == up.ndim == 2 and (up.shape[0], down.shape[1]) == tuple(shape) and up.shape[1] == down.shape[0] > 0
     )
-    with replaced_folder(destination, lambda folder: (folder / _MANIFEST).is_file()) as partial:
-        for name, adapter in adapters.items():
-            tensors = lora_tensors(adapter, alpha=alpha, lora_format=lora_format, dtype=dtype)
-            save_file(tensors, partial / f"{name}.safetensors", metadata={"format": "pt"})
-        files = [f"{name}.safetensors" for name in adapters]
-        manifest = {"lora_format": lora_format, "files": files, **(sampling or {})}
-        (partial / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    return {name: destination / f"{name}.safetensors" for name in adapters}
+    if not fit or (alpha is not None and alpha.numel() != 1):
+        raise ValueError(
+            f"{path}: module '{module}' has matrices {list(down.shape)} and {list(up.shape)}, "
+            f"the teacher's weight is {list(shape)}; is it the one that was distilled?"
+        )
+    return down, up if alpha is None else up * (alpha.float().item() / down.shape[0])

@@ -34,6 +34,7 @@ def verify_export(
     dtype: torch.dtype = torch.float32,
     loras: Sequence[ExpertLora] = (),
     boundary_ratio: float | None = None,
+    shift: float | None = None,
 ) -> float:
     """Samples the folder in diffusers and compares.
 
@@ -46,6 +47,7 @@ def verify_export(
         dtype: of diffusers' models.
         loras: LoRA files to load into the teacher, first phase first.
         boundary_ratio: what separates the experts of two LoRA files.
+        shift: of an Euler scheduler that takes the place of the folder's own, which may be of another kind.
 
     Returns:
         The relative L2 difference |diffusers - ours| / |diffusers|.
@@ -53,7 +55,7 @@ def verify_export(
     Raises:
         ValueError: diffusers is missing or refuses the folder or a file.
     """
-    pipeline = load_in_diffusers(folder, dtype)
+    pipeline = load_in_diffusers(folder, dtype, shift)
     if loras:
         apply_loras(pipeline, loras, boundary_ratio)
     theirs = sample_with_diffusers(pipeline, prompt_embeddings, noise, sigmas).double()
@@ -114,17 +116,28 @@ def visit_sigmas(scheduler: Any, sigmas: Sequence[float]) -> None:
     scheduler.set_timesteps = fixed_timesteps
 
 
-def load_in_diffusers(folder: Path, dtype: torch.dtype) -> Any:
-    """The folder as diffusers' `WanPipeline`, without VAE and text encoder."""
+def load_in_diffusers(folder: Path, dtype: torch.dtype, shift: float | None = None) -> Any:
+    """The folder as diffusers' `WanPipeline`, without VAE and text encoder.
+
+    Args:
+        folder: a pipeline.
+        dtype: of its transformers.
+        shift: of an Euler scheduler in place of the folder's own.
+
+    Raises:
+        ValueError: diffusers is missing or refuses the folder.
+    """
     source = read_pipeline(folder)
     try:
         diffusers = importlib.import_module("diffusers")
     except ModuleNotFoundError:
         raise ValueError("--verify needs diffusers: run `pip install diffusers`") from None
-    unused = dict.fromkeys(source.model_classes.keys() & {"text_encoder", "tokenizer"})
+    parts: dict[str, Any] = dict.fromkeys(source.model_classes.keys() & {"text_encoder", "tokenizer"})
+    if shift is not None:
+        parts["scheduler"] = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
     try:
         return diffusers.WanPipeline.from_pretrained(
-            folder, vae=None, **unused, dtype=dtype, local_files_only=True, use_safetensors=True
+            folder, vae=None, **parts, dtype=dtype, local_files_only=True, use_safetensors=True
         )
     except Exception as error:
         raise ValueError(f"{folder}: diffusers refuses it ({' '.join(str(error).split())[:300]})") from None

@@ -1,6 +1,5 @@
 """A model's safetensors files, planned before they are written."""
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from megatron_pdmd.files import synchronise, write_json
 from megatron_pdmd.models.lora import WholeTensor
 from megatron_pdmd.safetensors_files import DIFFUSERS_STEM
 
@@ -38,14 +38,41 @@ class WeightFile:
 
         Args:
             writes: whether this rank is the one that writes. The others of its tensor-parallel group help to gather.
+
+        Raises:
+            ValueError: on the rank that writes, a tensor is not finite; then nothing is written.
         """
-        held = {}
+        held, where = {}, f"{self.path.parent.name}/{self.path.name}"
         for name, tensor in self.tensors.items():
             whole = tensor.gather() if isinstance(tensor, WholeTensor) else tensor
             if writes:
                 held[name] = _in_own_memory(whole, self.dtype)
         if writes:
+            check_exportable(held, where)
             save_file(held, self.path, metadata={"format": "pt"})
+            synchronise(self.path)
+
+
+def check_exportable(tensors: Mapping[str, torch.Tensor], where: str) -> None:
+    """Refuses to export what no sampler could use.
+
+    Args:
+        tensors: what goes into a file.
+        where: names the file in the error.
+
+    Raises:
+        ValueError: names the first tensor that holds NaN or infinity.
+    """
+    if name := first_not_finite(tensors):
+        raise ValueError(
+            f"{where}: tensor '{name}' holds NaN or infinity, so nothing is exported; "
+            "train on from an earlier checkpoint with a lower learning rate"
+        )
+
+
+def first_not_finite(tensors: Mapping[str, torch.Tensor]) -> str | None:
+    """Name of the first tensor that holds NaN or infinity, if one does."""
+    return next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
 
 
 def plan_files(
@@ -87,7 +114,7 @@ def write_index(files: Sequence[WeightFile]) -> None:
         "metadata": {"total_size": sum(file.size for file in files)},
         "weight_map": dict(sorted(weight_map.items())),
     }
-    (files[0].path.parent / f"{DIFFUSERS_STEM}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    write_json(files[0].path.parent / f"{DIFFUSERS_STEM}.safetensors.index.json", index)
 
 
 def write_model(folder: Path, tensors: Iterable[tuple[str, torch.Tensor | WholeTensor]], **options: Any) -> None:

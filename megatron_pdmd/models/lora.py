@@ -212,6 +212,21 @@ def merged_weights(model: nn.Module, name: str | None) -> dict[str, WholeTensor]
 
 
 @torch.no_grad()
+def merge_low_rank(model: nn.Module, matrices: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """Adds B A to weights of an unsharded model in place, in fp32, rounded once to the weight's dtype.
+
+    Args:
+        model: has no other ranks.
+        matrices: linear's name -> A [rank, in] and B [out, rank], scaled.
+    """
+    weights = dict(base_parameters(model))
+    for name, (a, b) in matrices.items():
+        weight = weights[f"{name}.weight"]
+        exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        weight.copy_(exact + b.to(exact) @ a.to(exact))
+
+
+@torch.no_grad()
 def adapter_movement(model: nn.Module, name: str) -> Tensor:
     """How far an adapter moves its model: |(alpha / rank) B A| / |W| over all its linears, a scalar on the device.
 

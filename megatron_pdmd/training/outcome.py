@@ -1,7 +1,7 @@
 """What a finished run leaves: Hugging Face folders of its experts, the task's metrics, and summary.json."""
 
 import functools
-import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from megatron_pdmd.distillation.step import guidance_scale
 from megatron_pdmd.evaluation.clip_classifier import load_classifier
 from megatron_pdmd.evaluation.heldout_digits import load_heldout_digits
 from megatron_pdmd.evaluation.moving_digits_report import clip_features, evaluate_clips, real_clips
+from megatron_pdmd.files import write_json
 from megatron_pdmd.models.lora import merged_weights
 from megatron_pdmd.parallel.agreement import together
 from megatron_pdmd.parallel.patience import patient_group
@@ -43,6 +44,7 @@ def export_run(config: Config, source: PipelineFolder, plan: PhasePlan, networks
         shift=config.method.timestep_shift,
         boundary_ratio=deployment_boundary(plan),
         prompt_length=config.data.prompt_length,
+        latent_size=(config.data.frames, config.data.height, config.data.width),
     )
 
 
@@ -91,10 +93,16 @@ def _measure(
 
 
 def write_summary(folder: Path, content: dict[str, Any]) -> None:
-    """Writes summary.json as a whole or not at all."""
-    partial = folder / "summary.json.partial"
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    partial.replace(folder / "summary.json")
+    """Writes summary.json as a whole or not at all; a number that is not finite, which JSON has not, becomes null."""
+    write_json(folder / "summary.json", _without_infinities(content))
+
+
+def _without_infinities(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _without_infinities(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [_without_infinities(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def phase_summaries(plan: PhasePlan, iterations: Sequence[int]) -> list[dict[str, Any]]:

@@ -1,7 +1,11 @@
 """Exports of a run's checkpoint: what diffusers draws from them is what the run's own networks draw."""
 
+import json
+import re
 import runpy
+import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,7 +22,9 @@ from megatron_pdmd.training.networks import Networks
 TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
 
 
-def _make_run(folder: Path, teacher: Path, generator: str = "lora", phases: int = 2) -> dict[str, torch.Tensor]:
+def _make_run(
+    folder: Path, teacher: Path, generator: str = "lora", phases: int = 2, broken: float = 0.0
+) -> dict[str, torch.Tensor]:
     """A run folder whose experts differ from the teacher's; returns the first phase's state."""
     method = MethodConfig(timestep_shift=3.0, lora_rank=4, lora_alpha=2.0, generator=generator)
     config = Config(model=ModelConfig(teacher), method=method, data=DataConfig(prompt_length=16, frames=2))
@@ -34,6 +40,7 @@ def _make_run(folder: Path, teacher: Path, generator: str = "lora", phases: int 
         for shard in states[f"generator_phase_{phase}"].values():
             tensor = shard.boxes[0].tensor
             tensor += 0.05 * torch.randn(tensor.shape, generator=random)
+    tensor[(0,) * tensor.ndim] += broken
     writer = CheckpointWriter(folder / "checkpoints")
     writer.save(Manifest(Progress(iteration=3)), states)
     writer.close()
@@ -106,3 +113,111 @@ def test_mistakes_are_told(
     _make_run(tmp_path / "half", two_experts, phases=1)
     assert _run_tool(monkeypatch, "--load", tmp_path / "half", "--hf", tmp_path / "hf") == 2
     assert "phase 2 has not begun" in capsys.readouterr().err
+
+
+UNIPC = {
+    "_class_name": "UniPCMultistepScheduler",
+    "prediction_type": "flow_prediction",
+    "use_flow_sigmas": True,
+    "flow_shift": 3.0,
+}
+
+
+def test_lora_files_are_verified_whatever_the_teachers_scheduler_is_and_wherever_it_is(
+    tmp_path: Path, two_experts: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    teacher = tmp_path / "teacher"
+    shutil.copytree(two_experts, teacher)
+    (teacher / "scheduler" / "scheduler_config.json").write_text(json.dumps(UNIPC))
+    index = json.loads((teacher / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "UniPCMultistepScheduler"]
+    (teacher / "model_index.json").write_text(json.dumps(index))
+    _make_run(tmp_path / "run", teacher)
+    options = ("--load", tmp_path / "run", "--hf", tmp_path / "loras", "--weights", "lora", "--verify")
+    assert _run_tool(monkeypatch, *options) == 0
+    assert float(capsys.readouterr().out.rsplit(" ", 1)[1]) < 100 * torch.finfo(torch.float32).eps
+    teacher.rename(tmp_path / "moved")
+    assert _run_tool(monkeypatch, *options) == 2
+    assert (
+        capsys.readouterr().err == f"error: --teacher {teacher}: the run's teacher is not there; name its new place\n"
+    )
+    assert _run_tool(monkeypatch, *options, "--teacher", tmp_path / "moved") == 0
+    assert float(capsys.readouterr().out.rsplit(" ", 1)[1]) < 100 * torch.finfo(torch.float32).eps
+    assert json.loads((tmp_path / "loras" / "lora_files.json").read_text())["teacher"] == str(tmp_path / "moved")
+
+
+def _never(*unused: object, **options: object) -> None:
+    raise AssertionError("nothing large is loaded before all is checked")
+
+
+def _occupied(run: Path, destination: Path) -> None:
+    destination.mkdir()
+    (destination / "thesis.txt").touch()
+
+
+def _occupied_beside(run: Path, destination: Path) -> None:
+    destination.with_name(f".{destination.name}.old").mkdir()
+
+
+def _no_recipe(run: Path, destination: Path) -> None:
+    (run / "config.yaml").write_text("[1, 2")
+
+
+def _phase_99(run: Path, destination: Path) -> None:
+    path = next(run.glob("checkpoints/iter_*/metadata.json"))
+    content = json.loads(path.read_text())
+    content["progress"]["phase"] = 99
+    path.write_text(json.dumps(content))
+
+
+def _no_metadata(run: Path, destination: Path) -> None:
+    next(run.glob("checkpoints/iter_*/metadata.json")).write_text('{"progress":')
+
+
+def _three_phases(run: Path, destination: Path) -> None:
+    recipe = run / "config.yaml"
+    text = recipe.read_text()
+    changed = re.sub(r"phase_steps:(\s+- \d+)+|phase_steps: .*", "phase_steps: [1, 1, 2]", text)
+    assert changed != text
+    recipe.write_text(changed)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_occupied, "not empty and not made by this program"),
+        (_occupied_beside, "in the way"),
+        (_no_recipe, "config.yaml"),
+        (_phase_99, "phase"),
+        (_no_metadata, "metadata.json"),
+        (_three_phases, "phases"),
+    ],
+)
+def test_what_cannot_be_exported_is_refused_before_anything_is_loaded(
+    damage: Callable[[Path, Path], None],
+    message: str,
+    tmp_path: Path,
+    one_expert: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    _make_run(tmp_path / "run", one_expert)
+    damage(tmp_path / "run", tmp_path / "hf")
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr("megatron_pdmd.models.from_hf", _never)
+    assert _run_tool(monkeypatch, "--load", tmp_path / "run", "--hf", tmp_path / "hf") == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("error: ") and error.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_weights_that_are_not_finite_are_not_exported(
+    tmp_path: Path, one_expert: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _make_run(tmp_path / "run", one_expert, broken=float("nan"))
+    for weights in ("merged", "lora"):
+        options = ("--load", tmp_path / "run", "--hf", tmp_path / "hf", "--weights", weights)
+        assert _run_tool(monkeypatch, *options) == 2
+        error = capsys.readouterr().err
+        assert "holds NaN or infinity" in error and error.count("\n") == 1
+        assert [path.name for path in tmp_path.iterdir()] == ["run"]

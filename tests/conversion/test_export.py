@@ -9,8 +9,8 @@ import torch
 from diffusers import WanPipeline, WanTransformer3DModel
 from safetensors.torch import load_file
 
-from megatron_pdmd.conversion import export
-from megatron_pdmd.conversion.export import TrainedExpert, export_pipeline, read_sampling
+from megatron_pdmd.conversion.export import TrainedExpert, export_pipeline
+from megatron_pdmd.conversion.few_step_sampling import SAMPLING_FILE, FewStepSampling, read_sampling
 from megatron_pdmd.conversion.pipeline_folder import read_pipeline
 from megatron_pdmd.conversion.verify import load_in_diffusers, sample_with_diffusers, verify_export
 from megatron_pdmd.models.lora import WholeTensor
@@ -74,14 +74,16 @@ def test_diffusers_draws_the_same(
 def test_whole_pipeline_loads_and_the_card_tells_the_truth(tmp_path: Path, two_experts: Path) -> None:
     destination = tmp_path / "student"
     experts = _experts(two_experts)
-    export_pipeline(read_pipeline(two_experts), destination, experts, shift=3.0, dtype=torch.bfloat16, prompt_length=32)
+    export_pipeline(
+        read_pipeline(two_experts), destination, experts,
+        shift=3.0, dtype=torch.bfloat16, prompt_length=32, latent_size=(2, 8, 12),
+    )  # fmt: skip
     card = (destination / "README.md").read_text()
+    assert "trained with 2 x 8 x 12 latents (frames, height, width), which are 5 x 64 x 96 pixels" in card
     code = card.split("```python\n")[1].split("```")[0].replace("this/folder", str(destination))
-    setup = code.split("\nvideo = ")[0].replace(
-        "from_pretrained(", "from_pretrained(vae=None, pretrained_model_name_or_path="
-    )
     names: dict = {}
-    exec(setup, names)
+    exec(code.replace("from_pretrained(", "from_pretrained(vae=None, pretrained_model_name_or_path="), names)
+    assert names["video"].shape == (1, 2, 8, 12), "the first sample's latents, of the size that was trained"
     pipeline = names["pipeline"]
     assert isinstance(pipeline, WanPipeline)
     pipeline.scheduler.set_timesteps(4)
@@ -97,8 +99,7 @@ def test_whole_pipeline_loads_and_the_card_tells_the_truth(tmp_path: Path, two_e
     ours = sample_with_diffusers(load_in_diffusers(destination, torch.bfloat16), embeddings, noise, SIGMAS)
     assert torch.equal(drawn, ours)
     sampling = read_sampling(destination)
-    assert sampling["steps"] == [[1.0, 0.9], [0.75, 0.5]]
-    assert (sampling["timestep_shift"], sampling["guidance_scale"], sampling["prompt_length"]) == (3.0, 1.0, 32)
+    assert sampling == FewStepSampling(((1.0, 0.9), (0.75, 0.5)), 3.0, 0.825, 1.0, 32, (2, 8, 12))
 
 
 def test_one_phase_of_a_two_expert_teacher_is_one_transformer(tmp_path: Path, two_experts: Path) -> None:
@@ -137,7 +138,7 @@ def test_only_our_own_folders_are_replaced(tmp_path: Path, two_experts: Path) ->
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
     teacher = tmp_path / "teacher"
     shutil.copytree(two_experts, teacher)
-    with pytest.raises(ValueError, match="not an export of this program"):
+    with pytest.raises(ValueError, match="not made by this program"):
         export_pipeline(source, teacher, experts, shift=3.0)
 
 
@@ -164,8 +165,65 @@ def test_code_and_pickles_are_not_copied(tmp_path: Path, two_experts: Path) -> N
     assert (destination / "LICENSE.txt").read_text() == "terms"
 
 
-def test_damaged_sampling_description_is_refused(tmp_path: Path) -> None:
+WHOLE = {"format": "megatron-pdmd-few-step", "steps": [[1.0, 0.9], [0.75]], "timestep_shift": 3, "guidance_scale": 1}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": "other"}, "format"),
+        *(
+            ({"steps": steps}, "steps")
+            for steps in ([], [[]], [[1.0], []], [[2.0]], [[1.0, 0.0]], [[1.0, 1.0]], [[1.0, 0.5, 0.7]], [[True]],
+                          [["1"]], [1.0], "1", None, [[1.0], [None]], [[0.9]],
+                          [[1.0, *(0.9 - i / 10000 for i in range(2000))]])
+        ),
+        *(({"timestep_shift": shift}, "timestep_shift") for shift in (0, -1, True, "3", None, [3], 1e300, 10**400)),
+        *(({"guidance_scale": scale}, "guidance_scale") for scale in ("1", None, False, [1], 10**400)),
+        *(({"boundary_ratio": boundary}, "boundary_ratio") for boundary in (0, 1, 0.95, 0.75, True, "0.8", [0.8])),
+        *(({"prompt_length": length}, "prompt_length") for length in (0, -1, True, 1.5, "32", 10**12)),
+        *(({"frames": side, "height": 8, "width": 8}, "frames, height") for side in (0, None, "2", True, 10**9)),
+    ],
+)  # fmt: skip
+def test_damaged_sampling_description_is_refused(tmp_path: Path, change: dict, message: str) -> None:
     assert read_sampling(tmp_path) is None
-    (tmp_path / export.SAMPLING_FILE).write_text('{"format": "megatron-pdmd-few-step", "steps": [[2.0]]}')
-    with pytest.raises(ValueError, match="is damaged"):
+    path = tmp_path / SAMPLING_FILE
+    path.write_text(json.dumps(WHOLE))
+    read_sampling(tmp_path)
+    path.write_text(json.dumps({**WHOLE, **change}))
+    with pytest.raises(ValueError, match=f"{path}: {message}.*; export"):
         read_sampling(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"steps": NaN}', "[" * 100_000, "\xff\xfe"])
+def test_sampling_description_that_is_no_json_object(tmp_path: Path, text: str) -> None:
+    (tmp_path / SAMPLING_FILE).write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=SAMPLING_FILE):
+        read_sampling(tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nothing_is_exported_that_is_not_finite(tmp_path: Path, two_experts: Path, value: float) -> None:
+    experts = _experts(two_experts)
+    experts[1].tensors["proj_out.weight"][3, 5] = value
+    with pytest.raises(ValueError, match=r"transformer_2/diffusion.*'proj_out.weight' holds NaN or infinity"):
+        export_pipeline(read_pipeline(two_experts), tmp_path / "student", experts, shift=3.0)
+    assert not any(tmp_path.iterdir())
+
+
+def test_weights_that_overflow_in_the_exported_dtype_are_not_exported(tmp_path: Path, one_expert: Path) -> None:
+    expert = TrainedExpert(SIGMAS, "single", _trained(one_expert, "transformer", 0))
+    expert.tensors["proj_out.bias"][0] = 1e6
+    with pytest.raises(ValueError, match=r"'proj_out.bias' holds NaN or infinity"):
+        export_pipeline(read_pipeline(one_expert), tmp_path / "s", [expert], shift=3.0, dtype=torch.float16)
+
+
+@pytest.mark.parametrize("name", [".student.old", ".student.partial"])
+def test_folders_of_the_user_beside_the_export_are_kept(tmp_path: Path, one_expert: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "thesis.txt").write_text("mine")
+    expert = TrainedExpert(SIGMAS, "single", _trained(one_expert, "transformer", 0))
+    with pytest.raises(ValueError, match="is in the way"):
+        export_pipeline(read_pipeline(one_expert), tmp_path / "student", [expert], shift=3.0)
+    assert (tmp_path / name / "thesis.txt").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == [name]

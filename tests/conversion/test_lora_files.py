@@ -6,9 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import WanPipeline
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from megatron_pdmd.conversion.lora_files import export_loras, lora_tensors, original_module_name
+from megatron_pdmd.conversion.few_step_sampling import FewStepSampling
+from megatron_pdmd.conversion.lora_files import lora_tensors, original_module_name, read_lora
+from megatron_pdmd.conversion.lora_folder import export_loras
+from megatron_pdmd.conversion.pipeline_folder import read_pipeline
 
 RANK, ALPHA = 4, 1.0
 FORMATS = ["diffusers", "comfyui", "lightx2v"]
@@ -39,7 +42,11 @@ def test_diffusers_fuses_to_the_merged_weights(lora_format: str, tmp_path: Path,
         expert: _adapter(base[name], seed)
         for seed, (expert, name) in enumerate(zip(("high", "low"), names, strict=True))
     }
-    files = export_loras(tmp_path / "loras", adapters, alpha=ALPHA, lora_format=lora_format)
+    sampling = FewStepSampling(((1.0,), (0.5,)), 3.0)
+    files = export_loras(
+        tmp_path / "loras", adapters, alpha=ALPHA, source=read_pipeline(two_experts), bases=names, sampling=sampling,
+        lora_format=lora_format,
+    )  # fmt: skip
     unused = dict.fromkeys(("text_encoder", "tokenizer", "vae"))
     pipeline = WanPipeline.from_pretrained(two_experts, **unused)
     pipeline.load_lora_weights(files["high"].parent, weight_name=files["high"].name, adapter_name="high")
@@ -91,13 +98,49 @@ def test_every_readers_scale_is_one(lora_format: str) -> None:
     assert torch.equal(up, (2 * adapter[f"{module}.lora_B.weight"]).bfloat16())
 
 
-def test_only_our_own_folders_are_replaced(tmp_path: Path) -> None:
-    adapter = {"proj_out.lora_A.weight": torch.randn(4, 8), "proj_out.lora_B.weight": torch.randn(6, 4)}
-    export_loras(tmp_path / "loras", {"single": adapter}, alpha=4.0)
-    export_loras(tmp_path / "loras", {"high": adapter, "low": adapter}, alpha=4.0)
-    found = sorted(path.name for path in (tmp_path / "loras").iterdir())
-    assert found == ["high.safetensors", "lora_files.json", "low.safetensors"]
-    (tmp_path / "notes").mkdir()
-    (tmp_path / "notes" / "thesis.txt").touch()
-    with pytest.raises(ValueError, match="name a new folder"):
-        export_loras(tmp_path / "notes", {"single": adapter}, alpha=4.0)
+@pytest.mark.parametrize("lora_format", FORMATS)
+def test_files_are_read_back_under_the_models_names(lora_format: str, tmp_path: Path, one_expert: Path) -> None:
+    weights = load_file(one_expert / "transformer" / "diffusion_pytorch_model.safetensors")
+    shapes, adapter = {name: tuple(weight.shape) for name, weight in weights.items()}, _adapter(weights, 3)
+    save_file(lora_tensors(adapter, alpha=ALPHA, lora_format=lora_format), tmp_path / "lora.safetensors")
+    found = read_lora(tmp_path / "lora.safetensors", shapes)
+    assert {f"{module}.lora_{letter}.weight" for module in found for letter in "AB"} == adapter.keys()
+    for module, (down, up) in found.items():
+        assert torch.equal(down, adapter[f"{module}.lora_A.weight"])
+        assert torch.equal(up, ALPHA / RANK * adapter[f"{module}.lora_B.weight"])
+
+
+def test_an_alpha_of_another_program_is_applied(tmp_path: Path) -> None:
+    key = "diffusion_model.blocks.0.self_attn.q"
+    down, up = torch.randn(4, 8), torch.randn(6, 4)
+    tensors = {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up, f"{key}.alpha": torch.tensor(2.0)}
+    save_file(tensors, tmp_path / "lora.safetensors")
+    found = read_lora(tmp_path / "lora.safetensors", {"blocks.0.attn1.to_q.weight": (6, 8)})
+    assert torch.equal(found["blocks.0.attn1.to_q"][1], up / 2)
+
+
+KEY = "transformer.proj_out"
+GOOD = {f"{KEY}.lora_A.weight": torch.ones(4, 8), f"{KEY}.lora_B.weight": torch.ones(6, 4)}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({}, "holds no tensor"),
+        ({f"{KEY}.lora_A.weight": torch.ones(4, 8)}, "'proj_out' has not both"),
+        (
+            {**GOOD, "transformer.blocks.7.attn1.to_q.lora_A.weight": torch.ones(4, 8)},
+            "blocks.7.* belongs to no module",
+        ),
+        ({**GOOD, f"{KEY}.diff": torch.ones(6)}, "diff' belongs to no module"),
+        ({**GOOD, f"{KEY}.lora_A.weight": torch.ones(4, 9)}, r"matrices \[4, 9\] and \[6, 4\].* \[6, 8\]"),
+        ({**GOOD, f"{KEY}.lora_A.weight": torch.ones(3, 8)}, "matrices"),
+        ({**GOOD, f"{KEY}.lora_A.weight": torch.ones(0, 8), f"{KEY}.lora_B.weight": torch.ones(6, 0)}, "matrices"),
+        ({**GOOD, f"{KEY}.alpha": torch.ones(2)}, "matrices"),
+        ({**GOOD, f"{KEY}.lora_B.weight": torch.full((6, 4), torch.nan)}, "lora_B.weight' holds NaN"),
+    ],
+)
+def test_a_file_that_does_not_fit_is_refused(tensors: dict, message: str, tmp_path: Path) -> None:
+    save_file(tensors, tmp_path / "lora.safetensors")
+    with pytest.raises(ValueError, match=f"{tmp_path / 'lora.safetensors'}.*{message}"):
+        read_lora(tmp_path / "lora.safetensors", {"proj_out.weight": (6, 8), "proj_out.bias": (6,)})

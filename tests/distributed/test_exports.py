@@ -132,6 +132,19 @@ def test_what_fails_on_one_rank_ends_all_and_leaves_no_folder(rank, owner, name,
     assert run_ranks(fails, 4) == ["[Errno 28] No space left on device []"] * 4
 
 
+def test_a_tensor_that_is_not_finite_is_named_on_all_ranks(teacher, run_ranks, tmp_path):
+    def refused() -> str:
+        initialize_topology(tensor=2)
+        model = from_hf(teacher)
+        model.blocks[1].attn1.to_q.weight.data[2, 3] = float("nan")
+        expert = TrainedExpert((1.0,), "single", merged_weights(model, None))
+        with pytest.raises(ValueError, match="NaN or infinity") as raised:
+            export_pipeline(read_pipeline(teacher), tmp_path / "hf", [expert], shift=3.0, max_shard_size=20000)
+        return f"{str(raised.value).split(' holds')[0].split(': ')[1]} {[path.name for path in tmp_path.iterdir()]}"
+
+    assert run_ranks(refused, 4) == ["tensor 'blocks.1.attn1.to_q.weight' []"] * 4
+
+
 def test_a_slow_disk_is_waited_for_longer_than_a_rank_that_hangs(teacher, run_ranks, tmp_path):
     """The second file takes three times what the other groups wait."""
     with socket.socket() as probe:
