@@ -15,7 +15,7 @@ import torch
 from megatron_pdmd.arguments import parse_arguments, to_yaml
 from megatron_pdmd.config import Config, DataConfig, EvaluationConfig
 from megatron_pdmd.conversion.pipeline_folder import PipelineFolder, read_pipeline
-from megatron_pdmd.data.prompts import load_prompts, naming_flag, read_prompts
+from megatron_pdmd.data.prompts import load_prompts, read_prompts
 from megatron_pdmd.diffusion.noise_schedule import FlowMatchingSchedule
 from megatron_pdmd.diffusion.phases import PhasePlan, deployment_boundary, noise_interval
 from megatron_pdmd.errors import user_errors
@@ -69,8 +69,7 @@ def check(config: Config) -> Plan:
         deployment_boundary(phases)
     _check_prompts(config.data.prompts, config.data, source)
     if config.evaluation.eval_prompts:
-        with naming_flag("--eval-prompts"):
-            _check_prompts(config.evaluation.eval_prompts, config.data, source)
+        _check_prompts(config.evaluation.eval_prompts, config.data, source, "--eval-prompts")
     check_wandb(config.logging)
     _check_kernel_backend(config.model.kernel_backend)
     _check_task_folder(config.evaluation)
@@ -81,19 +80,19 @@ def check(config: Config) -> Plan:
     return Plan(config, source, schedule, phases, _latent_shape(config, source))
 
 
-def _check_prompts(path: Path, data: DataConfig, source: PipelineFolder) -> None:
+def _check_prompts(path: Path, data: DataConfig, source: PipelineFolder, flag: str = "--prompts") -> None:
     """Refuses prompts that the run could not read.
 
     Raises:
         ValueError: they are broken, encoded for other lengths, or text that nothing here can encode.
     """
     if path.is_dir():
-        load_prompts(path, max_length=data.prompt_length, negative_prompt=data.negative_prompt)
+        load_prompts(path, max_length=data.prompt_length, negative_prompt=data.negative_prompt, flag=flag)
         return
-    read_prompts(path)
+    read_prompts(path, flag)
     if not source.has_text_encoder:
         raise ValueError(
-            f"--prompts {path}: is text, and {source.path} has no text encoder; encode it with tools/encode_prompts.py"
+            f"{flag} {path}: is text, and {source.path} has no text encoder; encode it with tools/encode_prompts.py"
         )
 
 

@@ -7,12 +7,14 @@ Exit codes: 0 done, 2 bad input, 3 stopped on request after saving, 1 all else.
 
 import subprocess
 import sys
+from pathlib import Path
 
 import torch
 
 from megatron_pdmd.arguments import parse_arguments, to_plain
 from megatron_pdmd.config import Config, ParallelConfig
-from megatron_pdmd.data.prompts import PromptEmbeddings, load_prompts, naming_flag
+from megatron_pdmd.data.prompts import PromptEmbeddings
+from megatron_pdmd.data.run_prompts import load_run_prompts
 from megatron_pdmd.environment import check_rank_variables
 from megatron_pdmd.errors import NoSpaceError, user_errors
 from megatron_pdmd.models import from_hf
@@ -126,8 +128,9 @@ def find_start(config: Config) -> Start | None:
 
 def build(plan: Plan, topology: Topology) -> tuple[Networks, Trainer]:
     """Loads prompts and teacher and makes the trainer."""
-    prompts = load_run_prompts(plan)
+    prompts, eval_path = load_prompts(plan, topology, plan.config.data.prompts), plan.config.evaluation.eval_prompts
     tell(topology, f"prompts: {len(prompts)} of {plan.config.data.prompts}")
+    eval_prompts = load_prompts(plan, topology, eval_path, "--eval-prompts") if eval_path else None
     tell(topology, f"loading the teacher {plan.source.path}: {', '.join(plan.source.experts)}")
     networks = load_networks(plan, topology)
     trainer = Trainer(
@@ -138,32 +141,33 @@ def build(plan: Plan, topology: Topology) -> tuple[Networks, Trainer]:
         plan.schedule,
         prompts,
         plan.latent_shape,
-        eval_prompts=load_eval_prompts(plan),
+        eval_prompts=eval_prompts,
     )
     return networks, trainer
 
 
-def load_run_prompts(plan: Plan) -> PromptEmbeddings:
-    """The run's prompts, encoded if they are text."""
+def load_prompts(plan: Plan, topology: Topology, path: Path, flag: str = "--prompts") -> PromptEmbeddings:
+    """Prompts in any form that `--prompts` takes, in what the networks compute in."""
     data = plan.config.data
-    return load_prompts(
-        data.prompts, plan.source.path, max_length=data.prompt_length, negative_prompt=data.negative_prompt
+    return load_run_prompts(
+        path,
+        plan.source.path,
+        plan.config.checkpoint.save,
+        topology,
+        max_length=data.prompt_length,
+        negative_prompt=data.negative_prompt,
+        dtype=_dtype(plan.config),
+        flag=flag,
     )
 
 
-def load_eval_prompts(plan: Plan) -> PromptEmbeddings | None:
-    """The prompts of evaluations and sheets, where they are not the run's."""
-    data, path = plan.config.data, plan.config.evaluation.eval_prompts
-    if path is None:
-        return None
-    with naming_flag("--eval-prompts"):
-        return load_prompts(path, plan.source.path, max_length=data.prompt_length, negative_prompt=data.negative_prompt)
+def _dtype(config: Config) -> torch.dtype:
+    return torch.bfloat16 if config.training.bf16 else torch.float32
 
 
 def load_networks(plan: Plan, topology: Topology) -> Networks:
     """The teacher's networks, sharded, and what will be made of them."""
     config, source = plan.config, plan.source
-    dtype = torch.bfloat16 if config.training.bf16 else torch.float32
     recompute = config.model.recompute_granularity
     options = {
         "attention_backend_name": config.model.attention_backend,
@@ -171,7 +175,7 @@ def load_networks(plan: Plan, topology: Topology) -> Networks:
         "recompute_granularity": None if recompute == "none" else recompute,
     }
     teacher = {
-        expert: from_hf(source.path, subfolder, dtype=dtype, device=topology.device, **options)
+        expert: from_hf(source.path, subfolder, dtype=_dtype(config), device=topology.device, **options)
         for expert, subfolder in source.experts.items()
     }
     return Networks(teacher, config.method, config.training.seed)

@@ -28,7 +28,7 @@ from megatron_pdmd.parallel.communication import CommunicationCounter, Volume
 from megatron_pdmd.parallel.topology import Topology, destroy_topology
 from megatron_pdmd.planning.communication import ModelLayout, PassShape, backward_volume, forward_volume
 from megatron_pdmd.preflight import Plan, prepare
-from megatron_pdmd.pretrain import load_networks, load_run_prompts, start_topology
+from megatron_pdmd.pretrain import load_networks, load_prompts, start_topology
 from megatron_pdmd.training.phase import PhaseTrainer, check_batch
 
 
@@ -76,7 +76,7 @@ def update_formula(config: Config, topology: Topology, model: torch.nn.Module, l
 def count(plan: Plan, topology: Topology) -> tuple[Volume, Volume]:
     """One iteration, counted and by formula."""
     config, phase = plan.config, plan.phases.phases[max(plan.config.method.phase, 1) - 1]
-    networks, prompts = load_networks(plan, topology), load_run_prompts(plan)
+    networks, prompts = load_networks(plan, topology), load_prompts(plan, topology, plan.config.data.prompts)
     for earlier in plan.phases.phases[: phase.index - 1]:
         networks.add_expert(earlier.index, earlier.expert)
     iteration = Iteration(config.method, plan.phases, phase, plan.schedule, plan.latent_shape, topology.device)

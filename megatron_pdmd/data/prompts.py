@@ -174,7 +174,13 @@ class PromptEmbeddings:
         return loaded
 
 
-def write_prompts(
+def write_prompts(folder: Path, *arguments: Any, **options: Any) -> None:
+    """Writes all of `shards_written`."""
+    for _ in shards_written(folder, *arguments, **options):
+        pass
+
+
+def shards_written(
     folder: Path,
     prompts: Sequence[str],
     shards: Iterable[torch.Tensor],
@@ -184,7 +190,7 @@ def write_prompts(
     encoder: str,
     shard_size: int,
     flag: str = "--save",
-) -> None:
+) -> Iterator[int]:
     """Writes embeddings shard by shard, so that only one has to be in memory. The folder is there whole or not at all.
 
     Args:
@@ -197,11 +203,13 @@ def write_prompts(
         shard_size: prompts in one file.
         flag: option that names the folder, for errors.
 
+    Yields:
+        How many prompts have been written, after each shard. The folder is there when the last was asked for.
+
     Raises:
         ValueError: the folder holds something else, or a value is not finite.
     """
-    count = math.ceil(len(prompts) / shard_size)
-    length = 0
+    count, length = math.ceil(len(prompts) / shard_size), 0
     with replaced_whole(Path(folder), flag, holds_prompts) as partial:
         for number, shard in enumerate(shards, start=1):
             name = f"prompts-{number:05d}-of-{count:05d}.safetensors"
@@ -209,6 +217,7 @@ def write_prompts(
             require_finite(tensors.items(), name)
             save_file(tensors, partial / name)
             length += len(shard)
+            yield length
         assert length == len(prompts), f"{length} embeddings for {len(prompts)} prompts"
         index = {
             "format": _FORMAT,

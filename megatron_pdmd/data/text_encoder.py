@@ -77,7 +77,13 @@ class TextEncoder:
             raise ValueError(f"{folder / 'text_encoder'}: has no {filled[0]}; is the download complete?")
         self._encoder = self._encoder.eval().requires_grad_(False)
         require_finite(self._encoder.named_parameters(), folder / "text_encoder")
-        self._encoder = self._encoder.to(device)
+        try:
+            self._encoder = self._encoder.to(device)
+        except torch.OutOfMemoryError:
+            raise ValueError(
+                f"{folder / 'text_encoder'}: has no room on {device}; encode the prompts beforehand with"
+                " tools/encode_prompts.py --device cpu, or in bfloat16"
+            ) from None
         self._dtype = dtype
         self.folder = folder
         self.name = f"{folder.resolve().name}/UMT5EncoderModel"

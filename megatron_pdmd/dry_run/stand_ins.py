@@ -78,6 +78,7 @@ class StandIns:
             (loading, "_read_slice", _unread_slice),
             (loading, "require_finite", _nothing),
             (prompts, "TextEncoder", _UnreadTextEncoder),
+            (pretrain, "load_run_prompts", _load_prompts),
             (PromptEmbeddings, "load", _really(PromptEmbeddings.load)),
             (checkpointing, "write_shards", self._write_shards),
             (checkpointing, "read_index", lambda folder: self._indices[folder.name]),
@@ -182,6 +183,11 @@ def _save_sparse(tensors: Mapping[str, Tensor], path: Path, **unused: Any) -> No
 
 def _nothing(*unused: Any) -> None:
     return None
+
+
+def _load_prompts(path: Path, text_encoder: Path, *unused: Any, **options: Any) -> PromptEmbeddings:
+    """Prompts without a folder that the ranks share."""
+    return prompts.load_prompts(path, text_encoder, **options)
 
 
 class _UnreadTextEncoder:

@@ -5,6 +5,7 @@ from typing import Any
 
 from megatron_pdmd.arguments import load_recipe, to_yaml
 from megatron_pdmd.config import Config
+from megatron_pdmd.data.run_prompts import FOLDER as PROMPTS_FOLDER
 
 # A resumed run may change these: they say how it is run, watched or prolonged, not what is computed.
 FREE_SECTIONS = frozenset({"parallel", "checkpoint", "logging", "evaluation"})
@@ -53,7 +54,7 @@ def check_run_folder(config: Config) -> None:
                 raise ValueError(f"{flag} {folder}: holds another run: {'; '.join(differences)}; {mend}")
         elif flag == "--load":
             raise ValueError(f"--load {folder}: no run there (config.yaml is missing)")
-        elif folder.exists() and any(folder.iterdir()):
+        elif folder.exists() and any(path.name != PROMPTS_FOLDER for path in folder.iterdir()):
             raise ValueError(f"--save {folder}: not empty and not a run's folder; choose another")
 
 
