@@ -5,35 +5,16 @@ Flags carry the field's name (`--micro-batch-size`); a YAML recipe groups them b
 paper's (Appendix C).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal
 
 import tyro
-from tyro.constructors import PrimitiveConstructorSpec
 
-T = TypeVar("T", int, float)
+from megatron_pdmd.options import comma_separated
 
-
-def _comma_separated(convert: Callable[[str], T], metavar: str) -> PrimitiveConstructorSpec:
-    def read(texts: list[str]) -> tuple[T, ...]:
-        try:
-            return tuple(convert(part) for part in texts[0].split(","))
-        except ValueError:
-            raise ValueError(f"expected {metavar}, got '{texts[0]}'") from None
-
-    return PrimitiveConstructorSpec(
-        nargs=1,
-        metavar=metavar,
-        instance_from_str=read,
-        is_instance=lambda value: isinstance(value, tuple) and all(isinstance(part, int | float) for part in value),
-        str_from_instance=lambda value: [",".join(str(part) for part in value)],
-    )
-
-
-Ints = Annotated[tuple[int, ...], _comma_separated(int, "N,N")]
-Floats = Annotated[tuple[float, ...], _comma_separated(float, "X,X")]
+Ints = Annotated[tuple[int, ...], comma_separated(int, "N,N")]
+Floats = Annotated[tuple[float, ...], comma_separated(float, "X,X")]
 DecayStyle = Literal["constant", "linear", "cosine", "inverse-square-root"]
 
 

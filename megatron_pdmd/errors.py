@@ -16,9 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-import tyro
-
-from megatron_pdmd.options import read_options
+from megatron_pdmd.options import print_help, read_options
 
 Options = TypeVar("Options")
 
@@ -194,8 +192,7 @@ def parse_options(
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if "--help" in arguments or "-h" in arguments:
-        given = {} if default is None else {"default": default}
-        tyro.cli(options, description=description, args=["--help"], prog=Path(sys.argv[0]).name, **given)
+        print_help(options, description, default)
     return read_options(options, arguments, default)
 
 

@@ -127,7 +127,7 @@ def check_limits(options: Any) -> None:
                 raise ValueError(f"--{field.name.replace('_', '-')} {written}: {each} lie in {allowed}")
 
 
-def shown(value: object) -> str:
+def shown(value: object, longest: int = LONGEST_SHOWN) -> str:
     """A user's value as an error repeats it: in one line of bounded length."""
     text = str(value)
-    return text if len(text) <= LONGEST_SHOWN else f"{text[: LONGEST_SHOWN - 3]}..."
+    return text if len(text) <= longest else f"{text[: longest - 3]}..."

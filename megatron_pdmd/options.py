@@ -1,21 +1,24 @@
-"""Dataclasses of options, read from a command line; and what one of their values may look like, in a flag or in YAML.
+"""Dataclasses of options, read from a command line by tyro; and what a value may look like, in a flag or in YAML.
 
 Numbers are decimal, in ASCII digits and without `_`: what YAML and Python would read as other bases, or as digits of
-other scripts, is refused in both places. tyro writes the help; the flags are read here, so that every mistake is one
-line that names its flag.
+other scripts, is refused in both places.
 """
 
+import contextlib
 import dataclasses
 import difflib
+import io
 import math
+import os
 import re
+import sys
 import types
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from megatron_pdmd.limits import shown
 
@@ -24,36 +27,9 @@ Options = TypeVar("Options")
 _WHOLE_NUMBER = re.compile(r"[+-]?[0-9]{1,100}")
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,6})?")
 _LONGEST_NUMBER = 400  # characters
-_POSITIONAL = get_args(tyro.conf.Positional[int])[1]
 _NAMES = {int: "a whole number", float: "a finite number", str: "a text", Path: "a path"}
-
-
-@dataclass(frozen=True)
-class _Field:
-    """A field of the options, perhaps in a section of them.
-
-    Attributes:
-        section: name of the section, if it stands in one.
-        name: its own.
-        hint: its type.
-        positional: it is given without a flag.
-        required: it has no default.
-    """
-
-    section: str | None
-    name: str
-    hint: Any
-    positional: bool
-    required: bool
-
-    @property
-    def flag(self) -> str:
-        return self.name.upper() if self.positional else f"--{self.name.replace('_', '-')}"
-
-    @property
-    def is_list(self) -> bool:
-        """It takes as many values as follow: a tuple that is not written with commas."""
-        return get_origin(self.hint) is tuple
+_METAVARS = {int: "INT", float: "FLOAT", str: "STR", Path: "PATH"}
+_RULER = re.compile(r"\s*-{5,}\s*")
 
 
 def read_options(options: type[Options], arguments: Sequence[str], default: Options | None = None) -> Options:
@@ -67,89 +43,109 @@ def read_options(options: type[Options], arguments: Sequence[str], default: Opti
     Raises:
         ValueError: names the flag that is unknown, missing or has a bad value.
     """
+    _refuse_unknown(options, arguments)
+    given = {} if default is None else {"default": default}
+    messages = io.StringIO()
+    try:
+        with _plain_messages(messages):
+            return tyro.cli(options, args=list(arguments), registry=_registry(), prog="the program", **given)
+    except SystemExit:
+        raise ValueError(f"{_without_frame(messages.getvalue())}; see --help") from None
+
+
+def print_help(options: type, description: str, default: Any = None) -> None:
+    """Prints what the flags mean, and exits with 0."""
+    given = {} if default is None else {"default": default}
+    name = Path(sys.argv[0]).name
+    tyro.cli(options, description=description, args=["--help"], registry=_registry(), prog=name, **given)
+
+
+@contextlib.contextmanager
+def _plain_messages(to: io.StringIO) -> Iterator[None]:
+    """What tyro prints in the block goes there: without colours, for it is no terminal, and without line breaks."""
+    columns = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = str(10**6)
+    try:
+        with contextlib.redirect_stderr(to), contextlib.redirect_stdout(to):
+            yield
+    finally:
+        del os.environ["COLUMNS"]
+        if columns is not None:
+            os.environ["COLUMNS"] = columns
+
+
+def _without_frame(box: str) -> str:
+    """What a framed message of tyro says, without its title and the help text below it."""
+    lines = box.splitlines()
+    rulers = [number for number, line in enumerate(lines) if _RULER.fullmatch(line)]
+    said = lines[rulers[0] + 1 : rulers[1]] if len(rulers) > 1 else lines
+    return shown(" ".join(" ".join(said).split()).removeprefix("Error parsing "), 500).removesuffix(".")
+
+
+def _refuse_unknown(options: type, arguments: Sequence[str]) -> None:
+    hints = _hints(options)
+    known = [f"--{name.replace('_', '-')}" for name in hints]
+    known += [f"--no-{name.replace('_', '-')}" for name, hint in hints.items() if hint is bool]
+    for argument in arguments:
+        name, equals, _ = argument.partition("=")
+        name = name.replace("_", "-")
+        if name.startswith("--") and name not in known:
+            raise ValueError(f"unknown flag '{shown(name)}'{nearest(name, [*known, '--help'])}")
+        if equals and hints.get(name.removeprefix("--no-").removeprefix("--").replace("-", "_")) is bool:
+            raise ValueError(f"{name} takes no value; give the flag alone, or --no- before its name")
+
+
+def _hints(options: type) -> dict[str, Any]:
+    """The type of every option by its name, those in sections too."""
     options = get_args(options)[0] if get_origin(options) is Annotated else options
-    fields = _fields(options)
-    given: dict[_Field, Any] = {}
-    waiting = [field for field in fields if field.positional]
-    tokens = list(arguments)
-    while tokens:
-        token = tokens.pop(0)
-        if token.startswith("--") and token != "--":
-            field, value = _read_flag(fields, token, tokens)
-        elif waiting:
-            field = waiting.pop(0)
-            value = convert(token, field.hint, field.flag)
-        else:
-            raise ValueError(f"'{shown(token)}' belongs to no flag; see --help")
-        given[field] = value
-    for field in fields:
-        if field.required and field not in given and default is None:
-            raise ValueError(f"{field.flag} is missing; see --help")
-    return _build(options, given, default)
-
-
-def _fields(options: type, section: str | None = None) -> list[_Field]:
-    found = []
-    hints = get_type_hints(options, include_extras=True)
-    for field in dataclasses.fields(options):
-        hint = hints[field.name]
-        if dataclasses.is_dataclass(hint):
-            found += _fields(hint, field.name)
-            continue
-        positional = get_origin(hint) is Annotated and _POSITIONAL in get_args(hint)[1:]
-        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        hint = get_args(hint)[0] if positional else hint
-        found.append(_Field(section, field.name, hint, positional, required))
+    found: dict[str, Any] = {}
+    for name, hint in get_type_hints(options).items():
+        found |= _hints(hint) if dataclasses.is_dataclass(hint) else {name: hint}
     return found
-
-
-def _read_flag(fields: Sequence[_Field], token: str, rest: list[str]) -> tuple[_Field, Any]:
-    """The field that a flag names and its value, which may be taken from the tokens after it."""
-    name, equals, text = token.partition("=")
-    name = name.replace("_", "-")
-    flags = {field.flag: field for field in fields if not field.positional}
-    switches = {f"--no-{flag[2:]}": field for flag, field in flags.items() if field.hint is bool}
-    field = flags.get(name) or switches.get(name)
-    if field is None:
-        raise ValueError(f"unknown flag '{shown(name)}'{nearest(name, [*flags, *switches, '--help'])}")
-    if field.hint is bool:
-        if equals:
-            raise ValueError(f"{name} takes no value; give {field.flag} or --no-{field.flag[2:]}")
-        return field, name in flags
-    if field.is_list:
-        texts = [text] if equals else []
-        while rest and not rest[0].startswith("--"):
-            texts.append(rest.pop(0))
-        if not texts:
-            raise ValueError(f"{name}: a value is missing; see --help")
-        return field, convert(texts, field.hint, name)
-    if not equals:
-        if not rest or rest[0].startswith("--"):
-            raise ValueError(f"{name}: its value is missing; one that begins with -- is given as {name}=VALUE")
-        text = rest.pop(0)
-    if text == "None" and type(None) in get_args(field.hint):
-        return field, None
-    return field, convert(text, field.hint, name)
-
-
-def _build(options: type[Options], given: dict[_Field, Any], default: Options | None) -> Options:
-    """The dataclass, from the values that are given and the defaults."""
-    sections: dict[str | None, dict[str, Any]] = {}
-    for field, value in given.items():
-        sections.setdefault(field.section, {})[field.name] = value
-    own = sections.pop(None, {})
-    if default is None and not sections:
-        return options(**own)
-    default = options() if default is None else default
-    for name, values in sections.items():
-        own[name] = dataclasses.replace(getattr(default, name), **values)
-    return dataclasses.replace(default, **own)
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
     """The end of an error about an unknown name: the known one that is most like it."""
     close = difflib.get_close_matches(name[:100], known, n=1, cutoff=0.5)
     return f"; did you mean '{close[0]}'?" if close else "; see --help"
+
+
+def _registry() -> ConstructorRegistry:
+    """What tells tyro to read values by `convert`."""
+    registry = ConstructorRegistry()
+
+    @registry.primitive_rule
+    def rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+        hint, or_none = _without_none(info.type)
+        metavar = _METAVARS.get(hint)
+        if get_origin(hint) is Literal:
+            metavar = f"{{{','.join(map(str, get_args(hint)))}}}"
+        if metavar is None or (or_none and hint not in _METAVARS):
+            return None
+
+        def read(texts: list[str]) -> Any:
+            return None if or_none and texts == ["None"] else _converted(texts[0], hint)
+
+        return PrimitiveConstructorSpec(
+            nargs=1,
+            metavar=f"{{None}}|{metavar}" if or_none else metavar,
+            instance_from_str=read,
+            is_instance=lambda value: True,  # of defaults, which are the dataclass's own
+            str_from_instance=lambda value: [str(value)],
+        )
+
+    return registry
+
+
+def comma_separated(hint: type, metavar: str) -> PrimitiveConstructorSpec:
+    """How tyro reads and shows a tuple of numbers that is written with commas."""
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=metavar,
+        instance_from_str=lambda texts: _converted(texts[0], Annotated[tuple[hint, ...], metavar]),
+        is_instance=lambda value: isinstance(value, tuple) and all(isinstance(part, int | float) for part in value),
+        str_from_instance=lambda value: [",".join(map(str, value))],
+    )
 
 
 def convert(value: Any, hint: Any, where: str) -> Any:
@@ -163,37 +159,48 @@ def convert(value: Any, hint: Any, where: str) -> Any:
     Raises:
         ValueError: it is no such value.
     """
-    if get_origin(hint) is Annotated:
+    try:
+        return _converted(value, hint)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _converted(value: Any, hint: Any) -> Any:
+    if get_origin(hint) is Annotated:  # numbers with commas between them, or a YAML list of them
         hint = get_args(hint)[0]
-        if get_origin(hint) is tuple and isinstance(value, str) and "," in value:
-            return convert(value.split(","), hint, f"{where} {shown(value)}")
-        return convert(value, hint, where)
-    origin, options = get_origin(hint), get_args(hint)
-    if origin in (types.UnionType, Union):
-        if value is None:
-            return None
-        return convert(value, next(option for option in options if option is not type(None)), where)
-    if origin is tuple:
+        return _converted(value.split(",") if isinstance(value, str) else value, hint)
+    hint, or_none = _without_none(hint)
+    if or_none and value is None:
+        return None
+    if get_origin(hint) is tuple:
         parts = value if isinstance(value, list) else [value]
-        return tuple(convert(part, options[0], where) for part in parts)
-    if origin is Literal:
-        return _convert_choice(value, options, where)
+        return tuple(_converted(part, get_args(hint)[0]) for part in parts)
+    if get_origin(hint) is Literal:
+        return _choice(value, get_args(hint))
     if hint is bool:
         if not isinstance(value, bool):
-            raise ValueError(f"{where}: expected true or false, got {_told(value)}")
+            raise ValueError(f"expected true or false, got {_told(value)}")
         return value
     converted = _CONVERTERS[hint](value)
     if converted is None:
-        raise ValueError(f"{where}: expected {_NAMES[hint]}, got {_told(value)}")
+        raise ValueError(f"expected {_NAMES[hint]}, got {_told(value)}")
     return converted
 
 
-def _convert_choice(value: Any, options: tuple[Any, ...], where: str) -> Any:
+def _without_none(hint: Any) -> tuple[Any, bool]:
+    """A type, and whether None may stand for it."""
+    if get_origin(hint) not in (types.UnionType, Union):
+        return hint, False
+    (other,) = (option for option in get_args(hint) if option is not type(None))
+    return other, True
+
+
+def _choice(value: Any, options: tuple[Any, ...]) -> Any:
     """The one of the options that is written like the value; `true` is not 1."""
     for option in options:
         if value == str(option) or (type(value) is type(option) and value == option):
             return option
-    raise ValueError(f"{where}: {_told(value)} is not one of {', '.join(map(str, options))}")
+    raise ValueError(f"{_told(value)} is not one of {', '.join(map(str, options))}")
 
 
 def _whole_number(value: Any) -> int | None:

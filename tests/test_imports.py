@@ -10,7 +10,7 @@ GROUND = {"config", "pdmd_kernels"}
 GROUND |= {"errors", "documents", "files", "limits", "options", "environment", "safetensors_files"}
 MAY_IMPORT = {
     "pdmd_kernels": set(),
-    "config": set(),
+    "config": {"options"},
     "errors": {"files", "options"},
     "documents": set(),
     "files": set(),
