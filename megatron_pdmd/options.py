@@ -79,7 +79,8 @@ def _without_frame(box: str) -> str:
     lines = box.splitlines()
     rulers = [number for number, line in enumerate(lines) if _RULER.fullmatch(line)]
     said = lines[rulers[0] + 1 : rulers[1]] if len(rulers) > 1 else lines
-    return shown(" ".join(" ".join(said).split()).removeprefix("Error parsing "), 500).removesuffix(".")
+    text = " ".join(" ".join(said).split()).removeprefix("Error parsing ")
+    return shown(re.sub(r"(?<!\.)\.$", "", text), 500)
 
 
 def _refuse_unknown(options: type, arguments: Sequence[str]) -> None:

@@ -13,13 +13,13 @@ from megatron_pdmd.conversion.few_step_sampling import MOST_STEPS, SAMPLING_FILE
 from megatron_pdmd.conversion.lora_files import read_lora
 from megatron_pdmd.conversion.lora_folder import LoraFolder
 from megatron_pdmd.conversion.pipeline_folder import HIGH_NOISE, PipelineFolder
-from megatron_pdmd.conversion.weight_files import DIFFUSERS_STEM, read_model_header
 from megatron_pdmd.diffusion.noise_schedule import FlowMatchingSchedule
 from megatron_pdmd.diffusion.phases import PhasePlan
 from megatron_pdmd.diffusion.sampler import sample_along
 from megatron_pdmd.distillation.distribution_matching import guided_flow
 from megatron_pdmd.models import from_hf
 from megatron_pdmd.models.lora import merge_low_rank
+from megatron_pdmd.safetensors_files import DIFFUSERS_STEM, read_model_header
 
 TEACHER_STEPS = 40
 Model = Callable[..., torch.Tensor]

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 from megatron_pdmd.conversion.pipeline_folder import PipelineFolder
-from megatron_pdmd.conversion.weight_files import DIFFUSERS_STEM, read_model_header
 from megatron_pdmd.documents import read_json_object
 from megatron_pdmd.models.wan import WanConfig
+from megatron_pdmd.safetensors_files import DIFFUSERS_STEM, read_model_header
 
 LARGE_MODEL = 10**9  # numbers in a network from which on bfloat16 and one sample at a time are the defaults
 

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from megatron_pdmd.conversion.weight_files import first_not_finite
+from megatron_pdmd.safetensors_files import read_header
 
 LoraFormat = Literal["diffusers", "comfyui", "lightx2v"]
 _DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
@@ -38,7 +39,6 @@ _TO_ORIGINAL = (
     (r"^condition_embedder\.time_proj$", "time_projection.1"),
     (r"^proj_out$", "head.head"),
 )
-from megatron_pdmd.safetensors_files import read_header
 
 
 def original_module_name(module: str) -> str:
