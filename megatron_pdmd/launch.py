@@ -10,6 +10,7 @@ TORCH_ELASTIC_SHUTDOWN_TIMEOUT seconds (1800).
 Exit codes: 0 done, 2 bad input, 3 stopped on request after saving, 130 and 143 interrupted before that, 1 all else.
 """
 
+import math
 import os
 import shutil
 import signal
@@ -123,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 port = stack.enter_context(_reserved_port())
                 place = replace(place, port=port.getsockname()[1])
         signals = _Signals()
-        return _end(place, signals, *_run(place, arguments, folder, signals))
+        return _end(place, signals, _run(place, arguments, folder, signals))
 
 
 def _program(module: str, arguments: Sequence[str]) -> list[str]:
@@ -160,61 +161,73 @@ def _reserved_port() -> socket.socket:
     return port
 
 
-def _run(
-    place: Place, arguments: Sequence[str], folder: Path, signals: _Signals
-) -> tuple[dict[int, int], tuple[int, int] | None]:
-    """Starts the ranks and waits for them.
+class _Ranks:
+    """The ranks of this machine as processes.
 
-    Returns:
-        The exit code of each by its local rank, negative for a signal, and the first that failed with its code.
+    Attributes:
+        running: those that have not ended, by local rank.
+        codes: exit codes of those that have; negative for a signal.
+        failure: local rank and exit code of the first that failed.
     """
-    codes: dict[int, int] = {}
-    failure: tuple[int, int] | None = None
-    running: dict[int, subprocess.Popen[bytes]] = {}
-    forwarded, kill_at = 0, float("inf")
-    try:
+
+    def __init__(self, place: Place, arguments: Sequence[str], folder: Path):
+        self.running: dict[int, subprocess.Popen[bytes]] = {}
+        self.codes: dict[int, int] = {}
+        self.failure: tuple[int, int] | None = None
+        self._kill_at = math.inf
         for rank in range(place.ranks):
-            running[rank] = subprocess.Popen(
+            self.running[rank] = subprocess.Popen(
                 _program("pretrain", arguments),
                 env=place.variables(rank, folder),
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,  # Ctrl-C reaches a rank through this process alone, once
             )
-        while running:
-            for rank, code in [(rank, process.poll()) for rank, process in running.items()]:
-                if code is None:
-                    continue
-                del running[rank]
-                codes[rank] = code
-                if code not in (0, STOPPED_ON_REQUEST) and failure is None:
-                    failure = (rank, code)
-                    _ask_to_stop(running)
-                    kill_at = min(kill_at, time.monotonic() + SECONDS_AFTER_A_FAILURE)
-            if len(signals.received) > forwarded:
-                forwarded = len(signals.received)
-                _ask_to_stop(running)
-                kill_at = min(kill_at, time.monotonic() + place.patience)
-            if time.monotonic() > kill_at:
-                for process in running.values():
-                    process.kill()
+
+    def look(self) -> None:
+        """Notes who has ended; where one failed the others are to end too."""
+        for rank, code in [(rank, process.poll()) for rank, process in self.running.items()]:
+            if code is None:
+                continue
+            del self.running[rank]
+            self.codes[rank] = code
+            if code not in (0, STOPPED_ON_REQUEST) and self.failure is None:
+                self.failure = (rank, code)
+                self.stop(SECONDS_AFTER_A_FAILURE)
+        if time.monotonic() > self._kill_at:
+            self.kill()
+
+    def stop(self, patience: float) -> None:
+        """Asks those that run to save and stop, and kills them after so many seconds."""
+        self._kill_at = min(self._kill_at, time.monotonic() + patience)
+        for process in self.running.values():
+            process.terminate()
+
+    def kill(self) -> None:
+        """Ends those that run at once."""
+        for process in self.running.values():
+            process.kill()
+
+
+def _run(place: Place, arguments: Sequence[str], folder: Path, signals: _Signals) -> _Ranks:
+    """Starts the ranks and waits for them, passing signals on."""
+    ranks, passed_on = _Ranks(place, arguments, folder), 0
+    try:
+        while ranks.running:
+            ranks.look()
+            if len(signals.received) > passed_on:
+                passed_on = len(signals.received)
+                ranks.stop(place.patience)
             time.sleep(SECONDS_BETWEEN_LOOKS)
     finally:
-        for process in running.values():
-            process.kill()
-            process.wait()
-    return codes, failure
+        ranks.kill()
+    return ranks
 
 
-def _ask_to_stop(running: dict[int, "subprocess.Popen[bytes]"]) -> None:
-    for process in running.values():
-        process.send_signal(signal.SIGTERM)
-
-
-def _end(place: Place, signals: _Signals, codes: dict[int, int], failure: tuple[int, int] | None) -> int:
-    """The exit code of the whole, told where no rank could."""
-    if failure is None:
-        return STOPPED_ON_REQUEST if STOPPED_ON_REQUEST in codes.values() else 0
-    local_rank, code = failure
+def _end(place: Place, signals: _Signals, ranks: _Ranks) -> int:
+    """The exit code of the whole; what no rank could tell is told here."""
+    if ranks.failure is None:
+        return STOPPED_ON_REQUEST if STOPPED_ON_REQUEST in ranks.codes.values() else 0
+    local_rank, code = ranks.failure
     rank = place.node * place.ranks + local_rank
     if signals.received and code == -signal.SIGTERM:
         name = signals.received[0].name
@@ -223,9 +236,10 @@ def _end(place: Place, signals: _Signals, codes: dict[int, int], failure: tuple[
     if code in QUIET:
         return code
     if code < 0:
-        tell_once(f"error: rank {rank} was killed by {signal.Signals(-code).name}; the same command goes on")
+        how = f"was killed by {signal.Signals(-code).name}; the same command goes on from the last checkpoint"
     else:
-        tell_once(f"error: rank {rank} failed with exit code {code}; its own error stands above")
+        how = f"failed with exit code {code}; its own error stands above"
+    tell_once(f"error: rank {rank} {how}")
     return FAILED
 
 

@@ -2,12 +2,18 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
+
+from megatron_pdmd import pretrain
+from megatron_pdmd.launch import Place
+from megatron_pdmd.training.checkpointing import latest_checkpoint
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "examples" / "pretrain_phased_dmd.sh"
@@ -17,15 +23,24 @@ FLAGS = [
 ]  # fmt: skip
 
 
-def launch(*command: str, programs: Path | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Runs a command in this environment, its programs hidden by those of a folder."""
+def environment_with(programs: Path | None = None, **variables: str) -> dict[str, str]:
+    """This environment, its programs hidden by those of a folder."""
     folders = [programs, Path(sys.executable).parent, os.environ["PATH"]]
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")} | {
+    ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_ERROR_FILE")
+    return {key: value for key, value in os.environ.items() if key not in ranks} | {
         "PATH": os.pathsep.join(str(folder) for folder in folders if folder),
         "VIRTUAL_ENV": sys.prefix,
         "OMP_NUM_THREADS": "1",
+        **variables,
     }
-    return subprocess.run(command, cwd=ROOT, env=environment | variables, capture_output=True, text=True)
+
+
+def launch(
+    *command: str, programs: Path | None = None, folder: Path = ROOT, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs a command in a folder."""
+    environment = environment_with(programs, **variables)
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
 def program(folder: Path, name: str, line: str) -> None:
@@ -66,30 +81,27 @@ def test_torchrun_runs_the_same_file_as_python(tmp_path: Path) -> None:
 
 def test_torchrun_without_python_starts_one_job_of_two_ranks(tmp_path: Path) -> None:
     program(tmp_path, "python", 'echo "rank $RANK of $WORLD_SIZE runs $*"')
-    program(tmp_path, "torchrun", "echo another job")
     torchrun = str(Path(sys.executable).parent / "torchrun")
     options = ("--standalone", "--nproc-per-node", "2", "--no-python")
     result = launch(torchrun, *options, str(SCRIPT), "--seed", "7", programs=tmp_path)
     assert result.returncode == 0, result.stderr
-    rank = "runs examples/pretrain_phased_dmd.sh --config examples/recipes/tiny_wan.yaml --seed 7"
+    rank = f"runs -m megatron_pdmd.pretrain --config {ROOT}/examples/recipes/tiny_wan.yaml --seed 7"
     assert sorted(result.stdout.splitlines()) == [f"rank 0 of 2 {rank}", f"rank 1 of 2 {rank}"]
 
 
-@pytest.mark.parametrize(("given", "seconds"), [({}, "1800"), ({"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "60"}, "60")])
-def test_torchrun_leaves_a_stopped_rank_time_to_save(given: dict[str, str], seconds: str, tmp_path: Path) -> None:
-    program(tmp_path, "torchrun", "echo $TORCH_ELASTIC_SHUTDOWN_TIMEOUT")
-    program(tmp_path, "python", "exit 0")
-    result = launch("bash", str(SCRIPT), programs=tmp_path, **given)
-    assert (result.returncode, result.stdout) == (0, f"{seconds}\n")
+def test_the_script_is_called_from_any_folder_with_any_recipe(tmp_path: Path) -> None:
+    program(tmp_path, "python", 'echo "$PWD $*"')
+    for given, recipe in (({}, ROOT / "examples" / "recipes" / "tiny_wan.yaml"), ({"RECIPE": "my.yaml"}, "my.yaml")):
+        result = launch("bash", str(SCRIPT), "--save", "a b", programs=tmp_path, folder=tmp_path, **given)
+        assert result.stdout == f"{tmp_path} -m megatron_pdmd.launch --config {recipe} --save a b\n"
 
 
-@pytest.mark.parametrize("flags", [["--dry-run", "4"], ["--dry-run=4"]])
-def test_a_dry_run_is_one_process(flags: list[str], tmp_path: Path) -> None:
-    program(tmp_path, "torchrun", "echo a job")
-    program(tmp_path, "python", 'echo "$*"')
-    result = launch("bash", str(SCRIPT), *flags, programs=tmp_path)
-    expected = ["-m", "megatron_pdmd.pretrain", "--config", "examples/recipes/tiny_wan.yaml", *flags]
-    assert result.stdout.split() == expected
+def test_paths_on_the_command_line_are_taken_from_where_the_user_stands(tmp_path: Path) -> None:
+    result = launch("bash", str(SCRIPT), "--save", "runs/x", "--print-config", folder=tmp_path)
+    assert result.returncode == 0, result.stderr
+    config = yaml.safe_load(result.stdout)
+    assert config["checkpoint"]["save"] == "runs/x"
+    assert config["model"]["teacher"] == str(ROOT / "examples" / "tiny_wan")
 
 
 @pytest.mark.parametrize(
@@ -97,7 +109,7 @@ def test_a_dry_run_is_one_process(flags: list[str], tmp_path: Path) -> None:
     [["--micro-batchsize", "2"], ["--phase-steps", "2,3"], ["--teacher", "nowhere"], ["--config", "nowhere.yaml"]],
     ids=lambda flags: flags[0],
 )
-def test_bad_input_ends_before_torchrun(
+def test_bad_input_ends_before_any_rank_starts(
     flags: list[str], tmp_path: Path, own_lines: Callable[[str], list[str]]
 ) -> None:
     result = launch("bash", str(SCRIPT), "--save", str(tmp_path / "run"), *flags)
@@ -105,3 +117,152 @@ def test_bad_input_ends_before_torchrun(
     (line,) = own_lines(result.stderr)
     assert line.startswith("error: ")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("variables", "line"),
+    [
+        ({"RANKS_PER_NODE": "0"}, "RANKS_PER_NODE=0: "),
+        ({"RANKS_PER_NODE": "-1"}, "RANKS_PER_NODE=-1: "),
+        ({"NUM_NODES": "abc"}, "NUM_NODES=abc: "),
+        ({"NUM_NODES": "1000000000000"}, "NUM_NODES=1000000000000: "),
+        ({"NODE_RANK": "1"}, "NODE_RANK=1: "),
+        ({"NUM_NODES": "2"}, "MASTER_ADDR: is not set, and NUM_NODES is 2"),
+        ({"MASTER_PORT": "x"}, "MASTER_PORT=x: "),
+        ({"MASTER_PORT": "٣"}, "MASTER_PORT=٣: "),
+        ({"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "soon"}, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=soon: "),
+    ],
+    ids=str,
+)
+def test_a_bad_variable_of_the_launch_is_refused_by_its_name(variables, line, capsys, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError) as refused:
+        Place.from_environment()
+    assert str(refused.value).startswith(line)
+
+
+@pytest.mark.parametrize(
+    ("variables", "line"),
+    [
+        ({"RANK": "abc"}, "RANK=abc: this environment variable must be a whole number in [0, 0]"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2: this environment variable must be a whole number in [0, 1]"),
+        ({"WORLD_SIZE": "abc"}, "WORLD_SIZE=abc: "),
+        ({"WORLD_SIZE": "-1"}, "WORLD_SIZE=-1: "),
+        ({"LOCAL_RANK": "x"}, "LOCAL_RANK=x: "),
+        ({"MASTER_PORT": "65536"}, "MASTER_PORT=65536: "),
+    ],
+    ids=str,
+)
+def test_a_bad_variable_of_a_rank_is_refused_by_its_name(variables, line, capsys, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as stop:
+        pretrain.main([])
+    assert stop.value.code == 2 and capsys.readouterr().err.startswith(f"error: {line}")
+
+
+def start_stubs(rank: str, **variables: str) -> subprocess.Popen[str]:
+    """The launcher with two ranks that are a few lines of Python, and a check that is done at once."""
+    program = f"""
+import sys, megatron_pdmd.launch as launch
+launch.SECONDS_AFTER_A_FAILURE = 1.0
+rank = "import os, signal, sys, time\\nrank = os.environ['RANK']\\n" + {rank!r}
+launch._program = lambda module, arguments: [sys.executable, "-u", "-c", rank if module == "pretrain" else "print(2)"]
+sys.exit(launch.main([]))
+"""
+    command = [sys.executable, "-c", program]
+    environment = environment_with(**variables)
+    return subprocess.Popen(
+        command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+WAITS = "time.sleep(60)"
+FAILED = "error: rank 1 failed with exit code 1; its own error stands above\n"
+KILLED = "error: rank 1 was killed by SIGKILL; the same command goes on from the last checkpoint\n"
+
+
+@pytest.mark.parametrize(
+    ("rank", "code", "told"),
+    [
+        ("pass", 0, ""),
+        ("sys.exit(3)", 3, ""),
+        (f"print('error: x', file=sys.stderr) or sys.exit(2) if rank == '1' else {WAITS}", 2, "error: x\n"),
+        (f"sys.exit(1) if rank == '1' else {WAITS}", 1, FAILED),
+        (f"os.kill(os.getpid(), signal.SIGKILL) if rank == '1' else {WAITS}", 1, KILLED),
+        (
+            f"signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+            f"time.sleep(0.5)\nos.kill(os.getpid(), signal.SIGKILL) if rank == '1' else {WAITS}",
+            1,
+            KILLED,
+        ),
+    ],
+    ids=["done", "stopped", "bad input", "failed", "killed", "deaf to SIGTERM"],
+)  # fmt: skip
+def test_the_launcher_ends_as_its_ranks_ended(rank: str, code: int, told: str) -> None:
+    process = start_stubs(rank)
+    output, errors = process.communicate(timeout=30)
+    assert (process.returncode, output, errors) == (code, "", told)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda number: number.name)
+@pytest.mark.parametrize("saves", [True, False], ids=["saves", "cannot save"])
+def test_a_signal_to_the_launcher_reaches_the_ranks_once(number: signal.Signals, saves: bool) -> None:
+    handler = "signal.signal(signal.SIGTERM, lambda *_: os.write(1, b'saved ') and sys.exit(3))\n" if saves else ""
+    process = start_stubs(f"{handler}os.write(1, b'ready ')\n{WAITS}")
+    assert process.stdout.read(12) == "ready ready "
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=30)
+    if saves:
+        assert (process.returncode, output, errors) == (3, "saved saved ", "")
+    else:
+        assert (process.returncode, output) == (128 + number, "")
+        assert (
+            errors.startswith(f"error: stopped by {number.name} before the ranks could save")
+            and "\n" not in errors[:-1]
+        )
+
+
+def test_a_rank_that_does_not_save_in_time_is_killed() -> None:
+    ignores = f"signal.signal(signal.SIGTERM, signal.SIG_IGN)\nos.write(1, b'ready ')\n{WAITS}"
+    process = start_stubs(ignores, TORCH_ELASTIC_SHUTDOWN_TIMEOUT="0")
+    assert process.stdout.read(12) == "ready ready "
+    process.terminate()
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 1 and "killed by SIGKILL" in errors and errors.count("\n") == 1
+
+
+def test_ranks_know_their_place() -> None:
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+    rank = f"print(*(os.environ[name] for name in {names}))"
+    variables = {"NUM_NODES": "3", "NODE_RANK": "2", "MASTER_ADDR": "node0", "MASTER_PORT": "1234"}
+    output, _ = start_stubs(rank, **variables).communicate(timeout=30)
+    assert sorted(output.splitlines()) == ["4 6 0 2 2 node0 1234", "5 6 1 2 2 node0 1234"]
+
+
+def test_a_job_that_is_stopped_goes_on_and_what_all_ranks_refuse_is_one_line(tmp_path: Path, own_lines) -> None:
+    run = tmp_path / "run"
+    command = ["bash", str(SCRIPT), *FLAGS, "--task", "none", "--save", str(run)]
+    command[command.index("--train-iters") + 1] = "50,50"
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment_with(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while "iteration        1/" not in process.stdout.readline():
+        pass
+    process.terminate()
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 3 and "stopped by SIGTERM" in output and own_lines(errors) == []
+
+    wrong_world = launch(*command, RANKS_PER_NODE="3")
+    assert wrong_world.returncode == 2
+    assert own_lines(wrong_world.stderr) == [
+        "error: --global-batch-size 2: not divisible by --micro-batch-size 1 times 3 data-parallel ranks; use 3"
+    ]
+
+    checkpoint = latest_checkpoint(run / "checkpoints").folder
+    for part in checkpoint.rglob("*.distcp"):
+        part.write_bytes(part.read_bytes()[:100])
+    damaged = launch(*command)
+    (line,) = own_lines(damaged.stderr)
+    assert damaged.returncode == 2 and line.startswith(f"error: {checkpoint}"), line
