@@ -211,6 +211,7 @@ def _check_signs(config: Config) -> None:
         "--keep-last": config.checkpoint.keep_last,
         "--seed": training.seed,
         "--exit-interval": training.exit_interval,
+        "--max-skipped-updates": training.max_skipped_updates,
         "--exit-duration-in-mins": training.exit_duration_in_mins,
         "--sample-interval": config.logging.sample_interval,
         "--sample-prompts": config.logging.sample_prompts,
