@@ -138,6 +138,8 @@ class TrainingConfig:
     exit_duration_in_mins: float = 0.0
     # Stop after saving once this many iterations are done in this launch; 0 never does.
     exit_interval: int = 0
+    # Stop (exit code 1) once so many updates of a network in a row were skipped as not finite; 0 never does.
+    max_skipped_updates: int = 10
     # Save and stop (exit code 3) after the present update on SIGTERM and SIGINT.
     exit_signal_handler: bool = True
 

@@ -87,6 +87,8 @@ def check_writable(folder: Path, flag: str) -> None:
     Raises:
         ValueError: no permission, a file on the way, or a name that the disk does not take.
     """
+    if "\0" in str(folder):
+        raise ValueError(f"{flag} {str(folder)!r}: has a null byte, which no name can have; name another folder")
     if len(folder.name.encode(errors="surrogateescape")) > LONGEST_NAME:
         raise ValueError(f"{flag} {folder.name[:40]}...: the name has more than {LONGEST_NAME} bytes; choose a shorter")
     try:

@@ -66,6 +66,7 @@ LIMITS = {
     "seed": Range(0, 2**63 - 1),  # a word of the counter that everything random is drawn from
     "exit_duration_in_mins": Range(0, _MINUTES),
     "exit_interval": Range(0, _ITERATIONS),
+    "max_skipped_updates": Range(0, _ITERATIONS),
     "tensor_model_parallel_size": Range(1, 4096),
     "context_parallel_size": Range(1, 4096),
     "distributed_timeout_minutes": Range(0, 10080, open_below=True),  # a week

@@ -18,26 +18,42 @@ from megatron_pdmd.conversion.pipeline_folder import PipelineFolder, read_pipeli
 from megatron_pdmd.data.prompts import load_prompts, read_prompts
 from megatron_pdmd.diffusion.noise_schedule import FlowMatchingSchedule
 from megatron_pdmd.diffusion.phases import PhasePlan, deployment_boundary, noise_interval
-from megatron_pdmd.errors import user_errors
+from megatron_pdmd.errors import require_space, user_errors
 from megatron_pdmd.evaluation.clip_classifier import load_classifier
 from megatron_pdmd.evaluation.heldout_digits import load_heldout_digits
 from megatron_pdmd.models.wan import WanConfig, check_layout
 from megatron_pdmd.parallel.topology import check_sizes
+from megatron_pdmd.training.disk_space import least_bytes
+from megatron_pdmd.training.fingerprints import Fingerprints
 from megatron_pdmd.training.phase import fitting_ranks
 from megatron_pdmd.training.run_folder import check_run_folder
+from megatron_pdmd.training.run_lock import check_unlocked
+from megatron_pdmd.training.start import find_start
 from megatron_pdmd.training.wandb_log import check_wandb
 from pdmd_kernels import available_backends
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run whose inputs have been read and found to fit each other."""
+    """A run whose inputs have been read and found to fit each other.
+
+    Attributes:
+        config: of the run.
+        source: the teacher.
+        schedule: alpha_t and sigma_t.
+        phases: the generator's steps.
+        latent_shape: [C, F, H, W] of a sample.
+        inputs: digests of the teacher and the prompts.
+        remarks: what to tell of them, in lines.
+    """
 
     config: Config
     source: PipelineFolder
     schedule: FlowMatchingSchedule
     phases: PhasePlan
     latent_shape: tuple[int, ...]
+    inputs: Fingerprints
+    remarks: tuple[str, ...] = ()
 
 
 def prepare(arguments: list[str]) -> Plan:
@@ -76,8 +92,12 @@ def check(config: Config) -> Plan:
     if config.evaluation.task == "moving_digits":
         load_classifier(config.evaluation.task_folder / "classifier.safetensors")
         load_heldout_digits(config.evaluation.task_folder / "heldout_digits.png")
-    check_run_folder(config)
-    return Plan(config, source, schedule, phases, _latent_shape(config, source))
+    inputs, latent_shape = Fingerprints.of(source, config.data.prompts), _latent_shape(config, source)
+    remarks = check_run_folder(config, inputs)
+    check_unlocked(config.checkpoint.save)
+    find_start(config)
+    require_space(config.checkpoint.save, least_bytes(config, source, phases, schedule), "--save")
+    return Plan(config, source, schedule, phases, latent_shape, inputs, tuple(remarks))
 
 
 def _check_prompts(path: Path, data: DataConfig, source: PipelineFolder, flag: str = "--prompts") -> None:

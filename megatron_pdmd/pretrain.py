@@ -7,6 +7,8 @@ Exit codes: 0 done, 2 bad input, 3 stopped on request after saving, 1 all else.
 
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -22,13 +24,14 @@ from megatron_pdmd.parallel.agreement import together
 from megatron_pdmd.parallel.topology import Topology, destroy_topology, initialize_topology
 from megatron_pdmd.preflight import Plan, prepare
 from megatron_pdmd.training.announcements import layout_line, resume_line, tell
-from megatron_pdmd.training.checkpointing import CheckpointError, latest_checkpoint
+from megatron_pdmd.training.manifest import CheckpointError
 from megatron_pdmd.training.networks import Networks
 from megatron_pdmd.training.outcome import evaluate_moving_digits, export_run, phase_summaries, write_summary
 from megatron_pdmd.training.phase import check_batch
-from megatron_pdmd.training.run_folder import claim_run_folder
+from megatron_pdmd.training.run_folder import RunFolder, check_run_folder, claim_run_folder
 from megatron_pdmd.training.run_log import cut_log
-from megatron_pdmd.training.trainer import Start, Trainer
+from megatron_pdmd.training.start import find_start
+from megatron_pdmd.training.trainer import Trainer
 from megatron_pdmd.training.wandb_log import WandbLog
 from pdmd_kernels import use_backend
 
@@ -56,27 +59,25 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(plan: Plan) -> int:
     """Trains, exports and measures what was prepared; returns the rank's exit code."""
-    with user_errors(foreign=False):
-        topology = start_topology(plan.config.parallel)
-        check_batch(plan.config, topology.data)
-        tell(topology, layout_line(topology))
-        with together():
-            start = find_start(plan.config)
-            networks, trainer = build(plan, topology)
-        trainer.restore(start)
-        wandb = None
-        if topology.rank == 0:
-            claim_run_folder(plan.config)
-            for name in ("metrics.jsonl", "evaluations.jsonl"):
-                if told := cut_log(plan.config.checkpoint.save / name, trainer.progress.iteration):
-                    tell(topology, told)
-            wandb = open_wandb(plan.config)
-        if start and not start.finetune:
-            tell(topology, resume_line(start.checkpoint, trainer.position))
-    with user_errors(NoSpaceError), user_errors(CheckpointError):
-        reason = trainer.run(wandb)
-        if trainer.finished and not reason:
-            finish(plan, topology, networks, trainer)
+    with ExitStack() as held:
+        with user_errors(foreign=False):
+            topology = start_topology(plan.config.parallel)
+            check_batch(plan.config, topology.data)
+            held.enter_context(held_folder(plan, topology))
+            for line in (layout_line(topology), *plan.remarks):
+                tell(topology, line)
+            with together():
+                start = find_start(plan.config)
+                networks, trainer = build(plan, topology)
+            trainer.restore(start)
+            trainer.begin()
+            wandb = claim(plan, trainer, topology)
+            if start and not start.finetune:
+                tell(topology, resume_line(start.checkpoint, trainer.position))
+        with user_errors(NoSpaceError), user_errors(CheckpointError):
+            reason = trainer.run(wandb)
+            if trainer.finished and not reason:
+                finish(plan, topology, networks, trainer)
     if reason and topology.rank == 0:
         print(f"stopped by {reason} after {trainer.position}, saved; the same command continues")
     destroy_topology()
@@ -108,22 +109,41 @@ def open_wandb(config: Config) -> WandbLog | None:
     return WandbLog(options, config.checkpoint.save, to_plain(config)) if options.wandb_project else None
 
 
-def find_start(config: Config) -> Start | None:
-    """Where to go on from: the run's own last checkpoint, else that of `--load`.
+@contextmanager
+def held_folder(plan: Plan, topology: Topology) -> Iterator[None]:
+    """The run's folder is this launch's alone inside the block. Called on all ranks; the first one holds it.
 
     Raises:
-        ValueError: the checkpoint is damaged, or `--load` names a run without one.
+        ValueError: another launch has it, or made it another run's meanwhile.
     """
-    options = config.checkpoint
-    own = latest_checkpoint(options.save / "checkpoints")
-    if own:
-        return Start(own, own=True)
-    if options.load is None:
-        return None
-    loaded = latest_checkpoint(options.load / "checkpoints")
-    if loaded is None:
-        raise ValueError(f"--load {options.load}: has no checkpoint yet")
-    return Start(loaded, optimizers=options.load_optim, finetune=options.finetune)
+    folder = None
+    try:
+        with together():
+            if topology.rank == 0:
+                folder = RunFolder(plan.config.checkpoint.save)
+                check_run_folder(plan.config, plan.inputs)
+        if folder and folder.remark:
+            tell(topology, folder.remark)
+        yield
+    finally:
+        if folder:
+            folder.release()
+
+
+def claim(plan: Plan, trainer: Trainer, topology: Topology) -> WandbLog | None:
+    """Makes the folder this run's, once all that can fail at its start has worked, and opens its logs.
+
+    Called on all ranks; what the first one meets, all do.
+    """
+    wandb, folder = None, plan.config.checkpoint.save
+    with together():
+        if topology.rank == 0:
+            wandb = open_wandb(plan.config)
+            for name in ("metrics.jsonl", "evaluations.jsonl"):
+                if told := cut_log(folder / name, trainer.progress.iteration):
+                    tell(topology, told)
+            claim_run_folder(plan.config, plan.inputs)
+    return wandb
 
 
 def build(plan: Plan, topology: Topology) -> tuple[Networks, Trainer]:

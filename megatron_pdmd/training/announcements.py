@@ -4,7 +4,8 @@ from collections.abc import Mapping
 
 from megatron_pdmd.diffusion.phases import Phase, PhasePlan
 from megatron_pdmd.parallel.topology import Topology
-from megatron_pdmd.training.checkpointing import Checkpoint, Progress
+from megatron_pdmd.training.checkpointing import Checkpoint
+from megatron_pdmd.training.manifest import Progress
 
 
 def tell(topology: Topology, line: str) -> None:
@@ -23,7 +24,8 @@ def layout_line(topology: Topology) -> str:
 
 def resume_line(checkpoint: Checkpoint, position: str) -> str:
     """Where a run goes on."""
-    return f"going on from {checkpoint.folder}, after {position}"
+    remark = f" ({checkpoint.remark})" if checkpoint.remark else ""
+    return f"going on from {checkpoint.folder}, after {position}{remark}"
 
 
 def phase_line(

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 
 from megatron_pdmd.config import Config
 from megatron_pdmd.data.prompts import PromptEmbeddings
@@ -13,42 +13,20 @@ from megatron_pdmd.distillation.randomness import Counter
 from megatron_pdmd.distillation.step import Iteration, is_binned
 from megatron_pdmd.parallel.topology import Topology
 from megatron_pdmd.training.announcements import phase_line, tell
-from megatron_pdmd.training.checkpointing import (
-    Checkpoint,
-    CheckpointError,
-    CheckpointWriter,
-    Manifest,
-    Progress,
-    check_models,
-)
+from megatron_pdmd.training.checkpointing import Checkpoint, CheckpointWriter, check_models
 from megatron_pdmd.training.instruments import Instruments
 from megatron_pdmd.training.interval import IntervalMeans, closes_interval
+from megatron_pdmd.training.manifest import Manifest, Progress
 from megatron_pdmd.training.metrics_log import MetricsLog
 from megatron_pdmd.training.milestones import Milestones
 from megatron_pdmd.training.networks import Networks
 from megatron_pdmd.training.phase import Metrics, PhaseTrainer
 from megatron_pdmd.training.sampling import SAMPLING_PHASE, Sampler
 from megatron_pdmd.training.sharded_state import Shard
+from megatron_pdmd.training.start import Start
 from megatron_pdmd.training.stopping import StopRequest
 from megatron_pdmd.training.validation import Validation
 from megatron_pdmd.training.wandb_log import WandbLog
-
-
-@dataclass(frozen=True)
-class Start:
-    """What a launch takes up instead of beginning anew.
-
-    Attributes:
-        checkpoint: where from.
-        optimizers: their states too (not with `--no-load-optim`, nor with `finetune`).
-        finetune: the weights alone, to begin with iteration 0 of phase 1.
-        own: it is the run's own, whose folder has what was drawn and measured until then.
-    """
-
-    checkpoint: Checkpoint
-    optimizers: bool = True
-    finetune: bool = False
-    own: bool = False
 
 
 class Trainer:
@@ -85,6 +63,7 @@ class Trainer:
         self._clock = time.monotonic()
         self._start: Start | None = None
         self._left = Milestones()  # what the launch before left out of what was due where this one begins
+        self._begun: tuple[Iteration, PhaseTrainer] | None = None  # by `begin`
         self.progress = Progress()
 
     def phase_iterations(self, phase: int) -> int:
@@ -104,11 +83,6 @@ class Trainer:
             self.progress, saved = start.checkpoint.progress, start.checkpoint.manifest
             self._open_updates = list(saved.open_updates)
             self._means = IntervalMeans(saved.log_interval_sums)
-            if saved.seed != self._config.training.seed:
-                raise CheckpointError(
-                    f"--seed {self._config.training.seed}: {start.checkpoint.folder} was saved with --seed {saved.seed}"
-                    "; give that, or --finetune to take its weights alone"
-                )
         alone = self._config.method.phase
         if alone and alone > self.progress.phase + self._phase_is_done(self.progress.phase):
             raise ValueError(
@@ -203,12 +177,27 @@ class Trainer:
         evaluates = phase.index == self.progress.phase and self._left.evaluation
         return self._phase_is_done(phase.index) and not evaluates
 
-    def _train_phase(self, phase: Phase, writer: CheckpointWriter, log: MetricsLog | None, stop: StopRequest) -> None:
+    def begin(self) -> None:
+        """Makes the phase ready that is trained first, so that what fails in that fails before a folder is claimed.
+
+        Where a sheet is to be made up before, whose samples need the memory, the folder is the run's already.
+        """
+        alone = self._config.method.phase
+        first = next((phase for phase in self._plan.phases if not self._is_behind(phase)), None)
+        if first and not (alone and first.index > alone) and not self._left.sheet:
+            self._begun = self._ready_phase(first)
+
+    def _ready_phase(self, phase: Phase) -> tuple[Iteration, PhaseTrainer]:
+        """The phase's networks and what trains them, with what the launch's checkpoint has of it."""
         iteration = Iteration(
             self._config.method, self._plan, phase, self._schedule, self._latent_shape, self._topology.device
         )
         self._networks.start_phase(phase.index, phase.expert, iteration.experts())
-        trainer = self._phase_trainer(phase, iteration)
+        return iteration, self._phase_trainer(phase, iteration)
+
+    def _train_phase(self, phase: Phase, writer: CheckpointWriter, log: MetricsLog | None, stop: StopRequest) -> None:
+        iteration, trainer = self._begun or self._ready_phase(phase)
+        self._begun = None
         count, every = self.phase_iterations(phase.index), self._config.checkpoint.save_interval
         tell(self._topology, phase_line(self._plan, phase, self.progress, count, trainer.trained_parameters()))
 

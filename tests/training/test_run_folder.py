@@ -79,7 +79,7 @@ def test_a_folder_of_other_things_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(ValueError, match=r"--save .*: not empty and not a run's folder"):
         check_run_folder(config(tmp_path))
-    with pytest.raises(ValueError, match=r"--save .*thesis.tex: is a file"):
+    with pytest.raises(ValueError, match=r"--save .*thesis.tex is a file"):
         check_run_folder(config(tmp_path / "thesis.tex"))
     with pytest.raises(ValueError, match=r"--load .*: no run there \(config.yaml is missing\)"):
         check_run_folder(config(tmp_path / "new", tmp_path))

@@ -304,7 +304,6 @@ def test_a_damaged_checkpoint_ends_the_run_in_one_line(finished, launch, tmp_pat
         ("__0_0.distcp", lambda path: path.write_bytes(path.read_bytes()[:-8])),
         ("metadata.json", lambda path: path.write_text("{}")),
         (".metadata", lambda path: path.write_bytes(b"")),
-        (f"../{TRACKER}", lambda path: path.write_text("many")),
     ):
         run = tmp_path / Path(name).stem
         shutil.copytree(finished(*PLAIN), run)
@@ -314,6 +313,40 @@ def test_a_damaged_checkpoint_ends_the_run_in_one_line(finished, launch, tmp_pat
         assert stop.value.code == 2
         captured = capsys.readouterr()
         assert Path(name).name in captured.err and captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda tracker: tracker.write_text("many")], ids=["lost", "damaged"])
+def test_a_run_whose_tracker_is_lost_goes_on_and_keeps_its_log(damage, finished, launch, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(finished(*PLAIN), run)
+    damage(run / "checkpoints" / TRACKER)
+    assert launch(run, *PLAIN) == 0
+    told = capsys.readouterr().out
+    assert "after iteration 6 (" in told and "the newest whole checkpoint is iter_0000006)" in told
+    assert_same_run(run, finished(*PLAIN))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"consumed_samples": 25}, "25 samples are not 6 batches of 4"),
+        ({"phase": 3, "phase_iteration": 2}, "phase is 3, and --phase-steps names 2"),
+        ({"phase": 1, "phase_iteration": 6}, "phase is 1, and its tensors are of generator_phase_1, generator_phase_2"),
+    ],
+)
+def test_progress_that_the_run_cannot_have_made_is_refused(changes, words, finished, launch, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(finished(*PLAIN), run)
+    path = run / "checkpoints" / "iter_0000006" / "metadata.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"progress": content["progress"] | changes, "optimizer_steps": {}}))
+    for flags in (("--save", str(run)), ("--save", str(tmp_path / "new"), "--load", str(run))):
+        with pytest.raises(SystemExit) as stop:
+            launch(run, *PLAIN, *flags)
+        assert stop.value.code == 2
+        told = capsys.readouterr().err
+        assert f"metadata.json: {words}" in told and told.count("\n") == 1
+    assert not (tmp_path / "new").exists()
 
 
 def launch_once(launch, run: Path, micro_batch_size: int) -> None:
