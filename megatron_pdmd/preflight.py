@@ -7,6 +7,7 @@ With `--available-ranks N`, and `--nodes N`, it prints how many ranks of each no
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 
 from megatron_pdmd.arguments import parse_arguments, to_yaml
 from megatron_pdmd.config import Config, DataConfig, EvaluationConfig
+from megatron_pdmd.conversion.export import is_export
 from megatron_pdmd.conversion.pipeline_folder import PipelineFolder, read_pipeline
 from megatron_pdmd.data.prompts import load_prompts, read_prompts
 from megatron_pdmd.diffusion.noise_schedule import FlowMatchingSchedule
@@ -21,6 +23,8 @@ from megatron_pdmd.diffusion.phases import PhasePlan, deployment_boundary, noise
 from megatron_pdmd.errors import require_space, user_errors
 from megatron_pdmd.evaluation.clip_classifier import load_classifier
 from megatron_pdmd.evaluation.heldout_digits import load_heldout_digits
+from megatron_pdmd.evaluation.moving_digits_report import check_measurable
+from megatron_pdmd.files import check_destination
 from megatron_pdmd.models.wan import WanConfig, check_layout
 from megatron_pdmd.parallel.topology import check_sizes
 from megatron_pdmd.training.disk_space import least_bytes
@@ -83,7 +87,8 @@ def check(config: Config) -> Plan:
         noise_interval(phase, method.noise_interval, phases.boundary, fixed_t=method.fixed_timestep)
     if config.checkpoint.export:
         deployment_boundary(phases)
-    _check_prompts(config.data.prompts, config.data, source)
+        check_destination(config.checkpoint.save / "hf", "--save", is_export)
+    texts = _check_prompts(config.data.prompts, config.data, source)
     if config.evaluation.eval_prompts:
         _check_prompts(config.evaluation.eval_prompts, config.data, source, "--eval-prompts")
     check_wandb(config.logging)
@@ -93,6 +98,8 @@ def check(config: Config) -> Plan:
         load_classifier(config.evaluation.task_folder / "classifier.safetensors")
         load_heldout_digits(config.evaluation.task_folder / "heldout_digits.png")
     inputs, latent_shape = Fingerprints.of(source, config.data.prompts), _latent_shape(config, source)
+    if config.evaluation.task == "moving_digits":
+        check_measurable(texts, latent_shape, config.evaluation.clips)
     remarks = check_run_folder(config, inputs)
     check_unlocked(config.checkpoint.save)
     find_start(config)
@@ -100,20 +107,21 @@ def check(config: Config) -> Plan:
     return Plan(config, source, schedule, phases, latent_shape, inputs, tuple(remarks))
 
 
-def _check_prompts(path: Path, data: DataConfig, source: PipelineFolder, flag: str = "--prompts") -> None:
-    """Refuses prompts that the run could not read.
+def _check_prompts(path: Path, data: DataConfig, source: PipelineFolder, flag: str = "--prompts") -> Sequence[str]:
+    """The prompts' texts; refuses prompts that the run could not read.
 
     Raises:
         ValueError: they are broken, encoded for other lengths, or text that nothing here can encode.
     """
     if path.is_dir():
-        load_prompts(path, max_length=data.prompt_length, negative_prompt=data.negative_prompt, flag=flag)
-        return
-    read_prompts(path, flag)
+        length, negative = data.prompt_length, data.negative_prompt
+        return load_prompts(path, max_length=length, negative_prompt=negative, flag=flag).prompts
+    texts = read_prompts(path, flag)
     if not source.has_text_encoder:
         raise ValueError(
             f"{flag} {path}: is text, and {source.path} has no text encoder; encode it with tools/encode_prompts.py"
         )
+    return texts
 
 
 def _latent_shape(config: Config, source: PipelineFolder) -> tuple[int, ...]:

@@ -77,7 +77,8 @@ def run(plan: Plan) -> int:
         with user_errors(NoSpaceError), user_errors(CheckpointError):
             reason = trainer.run(wandb)
             if trainer.finished and not reason:
-                finish(plan, topology, networks, trainer)
+                with user_errors(foreign=False):
+                    finish(plan, topology, networks, trainer)
     if reason and topology.rank == 0:
         print(f"stopped by {reason} after {trainer.position}, saved; the same command continues")
     destroy_topology()

@@ -13,6 +13,7 @@ import yaml
 from safetensors.torch import save_file
 
 from megatron_pdmd import preflight
+from megatron_pdmd.arguments import to_yaml
 from megatron_pdmd.data.prompts import PromptEmbeddings
 
 ROOT = Path(__file__).parents[1]
@@ -202,3 +203,25 @@ def test_the_commands_end_with_one_line_and_exit_code_2(command, flags, own_line
     done = subprocess.run([*command, *more], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout) == (2, "")
     assert own_lines(done.stderr) == ["error: nowhere: no such folder; name a Hugging Face pipeline folder"]
+
+
+@pytest.mark.parametrize("name", ["hf", ".hf.old", ".hf.partial"])
+def test_what_is_in_the_exports_way_is_found_before_training(refusal, flags, tmp_path, name):
+    config = preflight.prepare(flags).config
+    (tmp_path / "run" / name).mkdir(parents=True)
+    (tmp_path / "run" / "config.yaml").write_text(to_yaml(config))
+    (tmp_path / "run" / name / "thesis.txt").write_text("mine")
+    assert f"--save {tmp_path / 'run' / 'hf'}: " in refusal()
+    assert (tmp_path / "run" / name / "thesis.txt").read_text() == "mine"
+    preflight.prepare([*flags, "--no-export"])
+
+
+def test_a_measurement_that_cannot_work_is_found_before_training(refusal, flags, tmp_path):
+    task = ["--task", "moving_digits", "--task-folder", str(ROOT / "examples" / "tiny_wan")]
+    assert "the run's are [1, 2, 4, 8]; give --frames 5 --height 16 --width 16" in refusal(*task)
+    task += ["--frames", "5", "--height", "16", "--width", "16"]
+    assert "--prompts: 'a seven' is not a prompt of the moving-digits task" in refusal(*task)
+    (tmp_path / "prompts.txt").write_text("a 7 moving left slowly\n" * 3 + "a cat\n")
+    assert "--prompts: 'a cat' is not a prompt" in refusal(*task)
+    assert "--clips 1: the distance between two sets needs at least 2" in refusal(*task, "--clips", "1")
+    preflight.prepare([*flags, *task, "--clips", "3"])

@@ -1,5 +1,7 @@
 """The five numbers that say how well clips of moving digits answer their prompts and match real clips."""
 
+from collections.abc import Sequence
+
 import torch
 
 from megatron_pdmd.evaluation.clip_classifier import ClipClassifier
@@ -44,6 +46,32 @@ def evaluate_clips(
         "diversity": diversity(features, motions) if len(set(motions)) < len(motions) else None,
         "frechet_distance": frechet_distance(features, real_features.to(features.device)) if len(clips) > 1 else None,
     }
+
+
+def check_measurable(prompts: Sequence[str], latent_shape: Sequence[int], clips: int) -> None:
+    """Refuses a run whose samples could not be measured at its end.
+
+    Args:
+        prompts: the run's, whose first are sampled.
+        latent_shape: [C, F, H, W] of a sample.
+        clips: number of samples.
+
+    Raises:
+        ValueError: names the flag.
+    """
+    wanted = (1, FRAMES, HEIGHT, WIDTH)
+    if tuple(latent_shape) != wanted:
+        raise ValueError(
+            f"--task moving_digits: its clips are {list(wanted)} (channels, frames, height, width), the run's are "
+            f"{list(latent_shape)}; give --frames {FRAMES} --height {HEIGHT} --width {WIDTH}, or --task none"
+        )
+    if clips < 2:
+        raise ValueError(f"--clips {clips}: the distance between two sets needs at least 2")
+    for prompt in dict.fromkeys(prompts[:clips]):
+        try:
+            Motion.from_prompt(prompt)
+        except ValueError as error:
+            raise ValueError(f"--prompts: {error}; use the task's prompts, or --task none") from None
 
 
 def real_clips(prompts: list[str], images: torch.Tensor, labels: torch.Tensor, seed: int) -> torch.Tensor:
