@@ -84,7 +84,7 @@ def _without_frame(box: str) -> str:
 
 
 def _refuse_unknown(options: type, arguments: Sequence[str]) -> None:
-    hints = _hints(options)
+    hints = option_types(options)
     known = [f"--{name.replace('_', '-')}" for name in hints]
     known += [f"--no-{name.replace('_', '-')}" for name, hint in hints.items() if hint is bool]
     for argument in arguments:
@@ -96,12 +96,12 @@ def _refuse_unknown(options: type, arguments: Sequence[str]) -> None:
             raise ValueError(f"{name} takes no value; give the flag alone, or --no- before its name")
 
 
-def _hints(options: type) -> dict[str, Any]:
+def option_types(options: type) -> dict[str, Any]:
     """The type of every option by its name, those in sections too."""
     options = get_args(options)[0] if get_origin(options) is Annotated else options
     found: dict[str, Any] = {}
     for name, hint in get_type_hints(options).items():
-        found |= _hints(hint) if dataclasses.is_dataclass(hint) else {name: hint}
+        found |= option_types(hint) if dataclasses.is_dataclass(hint) else {name: hint}
     return found
 
 

@@ -6,10 +6,10 @@ import torch
 
 from megatron_pdmd.config import Config
 from megatron_pdmd.conversion.pipeline_folder import PipelineFolder
-from megatron_pdmd.conversion.weight_files import DIFFUSERS_STEM, read_model_header
 from megatron_pdmd.diffusion.noise_schedule import NoiseSchedule
 from megatron_pdmd.diffusion.phases import PhasePlan
 from megatron_pdmd.distillation.step import Iteration
+from megatron_pdmd.safetensors_files import DIFFUSERS_STEM, read_model_header
 
 _FP32 = 4  # bytes; masters and moments
 

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_pdmd import preflight, pretrain
-from megatron_pdmd.arguments import _flags as known_flags
+from megatron_pdmd.config import CommandLine
 from megatron_pdmd.evaluation import run_report
+from megatron_pdmd.options import option_types
 
 TEACHER = (
     "teacher/model_index.json",
@@ -48,6 +49,7 @@ EXPORT = (
     "run/hf/transformer/config.json",
     "run/hf/transformer/diffusion_pytorch_model.safetensors",
 )
+FLAGS = ["--" + name.replace("_", "-") for name in option_types(CommandLine)]
 SAMPLING = ["--prompts", "encoded", "--save", "out", "--frames", "2", "--height", "4", "--width", "4"]
 
 
@@ -101,7 +103,7 @@ def test_a_spoilt_recipe(data):
 @given(data=st.data())
 def test_spoilt_flags(data):
     with built_world().copy() as world:
-        flags = data.draw(spoilt_flags(world.flags(), [*known_flags(), "--help-me", "--no-bf16", "-x"]))
+        flags = data.draw(spoilt_flags(world.flags(), [*FLAGS, "--help-me", "--no-bf16", "-x"]))
         judged(world, preflight, flags)
 
 
