@@ -53,8 +53,12 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """
     content = read_json(path)
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}; fetch or make it again")
+        raise ValueError(f"{path}: expected a JSON object, got {_kind(content)}; fetch or make it again")
     return content
+
+
+def _kind(content: Any) -> str:
+    return "null" if content is None else type(content).__name__
 
 
 def parse_json(text: str | bytes, where: str) -> Any:

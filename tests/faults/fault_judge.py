@@ -1,5 +1,6 @@
 """What may come of an input that nobody checked: it is refused in one line without a trace, or it works."""
 
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -11,11 +12,13 @@ _LONGEST_LINE = 1000
 # What Python and libraries say where nobody said which file or flag is meant.
 _UNHELPFUL = ("Traceback", "[Errno", "embedded null", "NoneType", "object has no attribute", "list index", "unhashable")
 
+_PROGRESS = re.compile(r"\d+%|\d+/\d+")  # a bar that was being drawn
+
 TALLY: Counter[str] = Counter()
 
 
-def judge(outcome: Outcome, world: World, before: dict[str, bytes | None]) -> str:
-    """`accepted` or `refused`; everything else fails with what the program printed.
+def judge(outcome: Outcome, world: World, before: dict[str, bytes | None]) -> None:
+    """Lets pass what accepts its input or refuses it well, and fails with what was printed of all else.
 
     Args:
         outcome: of the program.
@@ -23,12 +26,10 @@ def judge(outcome: Outcome, world: World, before: dict[str, bytes | None]) -> st
         before: the world's content when it started.
     """
     problem = _problem(outcome, world, before)
-    verdict = "accepted" if outcome.code == 0 else "refused"
-    TALLY[problem or verdict] += 1
+    TALLY[problem or ("accepted" if outcome.code == 0 else "refused")] += 1
     printed = outcome.out[-500:] + outcome.err[-4000:]
     told = f"{problem}: {outcome.command}\nexit code {outcome.code}\n{printed}"
     assert problem is None, told
-    return verdict
 
 
 def _problem(outcome: Outcome, world: World, before: dict[str, bytes | None]) -> str | None:
@@ -40,7 +41,7 @@ def _problem(outcome: Outcome, world: World, before: dict[str, bytes | None]) ->
         return None if _is_finite(world.folder) else "accepted what is not finite"
     if outcome.code != 2:
         return "wrong exit code"
-    lines = outcome.err.splitlines()
+    lines = [line for line in outcome.err.splitlines() if line.strip() and not _PROGRESS.search(line)]
     if len(lines) != 1 or not lines[0].startswith("error: ") or len(lines[0]) > _LONGEST_LINE:
         return "not one line"
     if any(phrase in lines[0] for phrase in _UNHELPFUL):

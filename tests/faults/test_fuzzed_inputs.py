@@ -5,7 +5,7 @@ from types import ModuleType
 import pytest
 from fault_judge import judge
 from fault_mutations import spoiler, spoilt_flags
-from fault_programs import run_program
+from fault_programs import Outcome, run_program
 from fault_world import World, built_world
 from hypothesis import given
 from hypothesis import strategies as st
@@ -58,20 +58,25 @@ def cases(label: str, files: tuple[str, ...]) -> list:
 
 
 def attack(data: st.DataObject, program: ModuleType, file: str, flags: list[str], *, rehearsed: bool = False) -> None:
-    """Spoils one file and runs a program on it; `rehearsed` runs the preflight first, which must say the same."""
+    """Spoils one file and runs a program on it.
+
+    With `rehearsed` the preflight comes first. What passes there must work, but for numbers that are not finite, for
+    which the preflight would have to read all weights.
+    """
     with built_world().copy() as world:
         path = next(world.folder.glob(file))
         path.write_bytes(data.draw(spoiler(path.name)(path.read_bytes())))
-        verdict = None
-        if rehearsed:
-            verdict = judged(world, preflight, flags)
-        if verdict != "refused":
-            assert judged(world, program, flags) == "accepted" or not rehearsed, "refused after the preflight passed"
+        passed = rehearsed and judged(world, preflight, flags).code == 0
+        if passed or not rehearsed:
+            outcome = judged(world, program, flags)
+            assert not passed or outcome.code == 0 or "finite" in outcome.err, f"the preflight passed: {outcome}"
 
 
-def judged(world: World, program: ModuleType, flags: list[str]) -> str:
+def judged(world: World, program: ModuleType, flags: list[str]) -> Outcome:
     before = world.content()
-    return judge(run_program(program, flags, world.folder), world, before)
+    outcome = run_program(program, flags, world.folder)
+    judge(outcome, world, before)
+    return outcome
 
 
 @pytest.mark.parametrize("file", [*cases("teacher", TEACHER), *cases("prompts", ENCODED)])
@@ -168,7 +173,7 @@ def test_encoding_with_a_spoilt_encoder(file, data, load_tool):
 def test_what_is_right_is_accepted(load_tool):
     """The judge can say both: without it nothing above would mean anything."""
     with built_world().copy() as world:
-        assert judged(world, preflight, world.flags()) == "accepted"
-        assert judged(world, pretrain, world.flags()) == "accepted"
-        assert judged(world, load_tool("generate"), ["--load", "run", *SAMPLING]) == "accepted"
-        assert judged(world, preflight, world.flags(teacher="nowhere")) == "refused"
+        assert judged(world, preflight, world.flags()).code == 0
+        assert judged(world, pretrain, world.flags()).code == 0
+        assert judged(world, load_tool("generate"), ["--load", "run", *SAMPLING]).code == 0
+        assert judged(world, preflight, world.flags(teacher="nowhere")).code == 2
