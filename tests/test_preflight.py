@@ -104,12 +104,12 @@ def test_bad_flags_and_keys(refusal, tmp_path):
     ("more", "words"),
     [
         (["--num-steps", "5"], "--phase-steps 2,2: 2 positive numbers must add up to --num-steps 5"),
-        (["--timestep-shift", "1e300"], "--timestep-shift 1e+300 with --num-steps 4 gives times that do not fall"),
+        (["--timestep-shift", "1e300"], "--timestep-shift 1e+300: must lie in (0, 1000]"),
         (["--noise-interval", "fixed", "--fixed-timestep", "0.5"], "--fixed-timestep is 0.5"),
         (["--phase-steps", "2,1,1"], "give --phase-steps one or two numbers to export there"),
         (["--height", "5"], "--height 5: the teacher's patches are 2 wide; give a multiple of it"),
         (["--tensor-model-parallel-size", "3"], "--tensor-model-parallel-size 3 does not divide the model's 4 heads"),
-        (["--tensor-model-parallel-size", "0"], "--tensor-model-parallel-size is 0; it must be at least 1"),
+        (["--tensor-model-parallel-size", "0"], "--tensor-model-parallel-size 0: must lie in [1, 4096]"),
         (["--sequence-parallel"], "--tensor-model-parallel-size is 1; raise it or drop --sequence-parallel"),
         (
             [
