@@ -93,7 +93,7 @@ def check(config: Config) -> Plan:
     if config.evaluation.eval_prompts:
         _check_prompts(config.evaluation.eval_prompts, config.data, source, "--eval-prompts")
     check_wandb(config.logging)
-    _check_device(config)
+    check_device(config)
     _check_task_folder(config.evaluation)
     if config.evaluation.task == "moving_digits":
         load_classifier(config.evaluation.task_folder / "classifier.safetensors")
@@ -147,7 +147,7 @@ def _latent_shape(config: Config, source: PipelineFolder) -> tuple[int, ...]:
     return (model.out_channels, *sides)
 
 
-def _check_device(config: Config) -> None:
+def check_device(config: Config) -> None:
     """Refuses what this machine cannot run.
 
     Raises:

@@ -15,7 +15,6 @@ from safetensors.torch import save_file
 from megatron_pdmd import preflight
 from megatron_pdmd.arguments import to_yaml
 from megatron_pdmd.data.prompts import PromptEmbeddings
-from megatron_pdmd.models.layers import attention
 
 ROOT = Path(__file__).parents[1]
 MODEL = {"in_channels": 1, "out_channels": 1, "num_attention_heads": 4, "ffn_dim": 8, "num_layers": 1}
@@ -186,17 +185,6 @@ def test_folders_of_other_runs(refusal, flags, tmp_path):
     new = ["--save", str(tmp_path / "new"), "--load"]
     assert f"--load {run}: holds another run: " in refusal(*new, str(run))
     assert f"--load {tmp_path / 'none'}: no run there" in refusal(*new, str(tmp_path / "none"))
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")
-def test_backends_that_this_machine_lacks(refusal, monkeypatch):
-    assert "--attention-backend flash: " in refusal("--attention-backend", "flash")
-    assert "--distributed-backend nccl: needs a CUDA device" in refusal("--distributed-backend", "nccl")
-    assert "--kernel-backend triton: not there for cpu" in refusal("--kernel-backend", "triton")
-    monkeypatch.setattr(attention, "flash_attention_available", lambda: True)
-    assert "--attention-backend flash: needs a CUDA device" in refusal("--attention-backend", "flash", "--bf16")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert "--attention-backend flash: takes no fp32; add --bf16" in refusal("--attention-backend", "flash")
 
 
 @pytest.mark.parametrize(
