@@ -25,7 +25,7 @@ FAILED = 1
 INTERRUPTED = 128 + signal.SIGINT
 READER_LEFT = 128 + signal.SIGPIPE
 
-LONGEST_LINE = 1000  # characters
+LONGEST_LINE = 900  # characters
 # Seconds that a rank whose peer is gone waits to be ended too, so that the peer's own error is the one that is told.
 SILENCE_FOR_PEERS = 5.0
 

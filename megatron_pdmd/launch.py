@@ -116,6 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the check, too
         with user_errors():
             place = Place.from_environment()
+            print("checking the flags and the files they name", flush=True)
             checked = _preflight(place, arguments)
             if isinstance(checked, int):
                 return checked
@@ -123,6 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if place.nodes == 1:
                 port = stack.enter_context(_reserved_port())
                 place = replace(place, port=port.getsockname()[1])
+            print(f"starting {place.ranks} rank{'s' * (place.ranks > 1)}", flush=True)
         signals = _Signals()
         return _end(place, signals, _run(place, arguments, folder, signals))
 
@@ -135,7 +137,7 @@ def _preflight(place: Place, arguments: Sequence[str]) -> Place | int:
     """Checks the flags; the place with its number of ranks, or the exit code where they are wrong."""
     asked = []
     if not place.ranks:
-        asked = ["--available-ranks", str(_gpus() or 2), "--nodes", str(place.nodes)]
+        asked = ["--available-ranks", str(_gpus() or 2), str(place.nodes)]
     done = subprocess.run(_program("preflight", [*asked, *arguments]), stdout=subprocess.PIPE, text=True)
     if done.returncode:
         return done.returncode if done.returncode > 0 else 128 - done.returncode

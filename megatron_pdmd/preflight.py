@@ -1,10 +1,9 @@
 """Everything about a run that can be refused before a network is built: flags, folders, prompts, the plan of phases.
 
-`python -m megatron_pdmd.preflight [flags]` checks and exits, 0 or 2. The launch script runs it once before torchrun.
-With `--available-ranks N`, and `--nodes N`, it prints how many ranks of each node the run can use.
+`python -m megatron_pdmd.preflight [flags]` checks and exits, 0 or 2. The launcher runs it once before it starts
+ranks: `--available-ranks RANKS NODES`, before all flags, makes it print how many ranks of each node the run can use.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -25,7 +24,9 @@ from megatron_pdmd.evaluation.clip_classifier import load_classifier
 from megatron_pdmd.evaluation.heldout_digits import load_heldout_digits
 from megatron_pdmd.evaluation.moving_digits_report import check_measurable
 from megatron_pdmd.files import check_destination
+from megatron_pdmd.models.layers.attention import attention_backend
 from megatron_pdmd.models.wan import WanConfig, check_layout
+from megatron_pdmd.options import convert
 from megatron_pdmd.parallel.topology import check_sizes
 from megatron_pdmd.training.disk_space import least_bytes
 from megatron_pdmd.training.fingerprints import Fingerprints
@@ -92,7 +93,7 @@ def check(config: Config) -> Plan:
     if config.evaluation.eval_prompts:
         _check_prompts(config.evaluation.eval_prompts, config.data, source, "--eval-prompts")
     check_wandb(config.logging)
-    _check_kernel_backend(config.model.kernel_backend)
+    check_device(config)
     _check_task_folder(config.evaluation)
     if config.evaluation.task == "moving_digits":
         load_classifier(config.evaluation.task_folder / "classifier.safetensors")
@@ -146,11 +147,24 @@ def _latent_shape(config: Config, source: PipelineFolder) -> tuple[int, ...]:
     return (model.out_channels, *sides)
 
 
-def _check_kernel_backend(name: str) -> None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def check_device(config: Config) -> None:
+    """Refuses what this machine cannot run.
+
+    Raises:
+        ValueError: names the flag of a backend whose device or package is not there.
+    """
+    device, model = "cuda" if torch.cuda.is_available() else "cpu", config.model
     there = ("auto", *available_backends(device))
-    if name not in there:
-        raise ValueError(f"--kernel-backend {name}: not there for {device} tensors; choose {' or '.join(there)}")
+    if model.kernel_backend not in there:
+        choice = " or ".join(there)
+        raise ValueError(f"--kernel-backend {model.kernel_backend}: not there for {device} tensors; choose {choice}")
+    attention_backend(model.attention_backend)
+    if model.attention_backend == "flash" and device == "cpu":
+        raise ValueError("--attention-backend flash: needs a CUDA device and there is none; choose sdpa")
+    if model.attention_backend == "flash" and not config.training.bf16:
+        raise ValueError("--attention-backend flash: takes no fp32; add --bf16, or choose sdpa")
+    if config.parallel.distributed_backend == "nccl" and device == "cpu":
+        raise ValueError("--distributed-backend nccl: needs a CUDA device and there is none; choose gloo")
 
 
 def _check_task_folder(evaluation: EvaluationConfig) -> None:
@@ -167,17 +181,17 @@ def _check_task_folder(evaluation: EvaluationConfig) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--available-ranks", type=int)
-    parser.add_argument("--nodes", type=int, default=1)
-    own, flags = parser.parse_known_args()
+    flags, places = sys.argv[1:], None
     with user_errors():
+        if flags[:1] == ["--available-ranks"]:
+            places, flags = [convert(text, int, flags[0]) for text in flags[1:3]], flags[3:]
         config = prepare(flags).config
-    if own.available_ranks is not None:
-        ranks = fitting_ranks(config, own.available_ranks, own.nodes)
-        if ranks < own.available_ranks:
+    if places is not None:
+        available, nodes = places
+        ranks = fitting_ranks(config, available, nodes)
+        if ranks < available:
             told = f"--global-batch-size {config.training.global_batch_size} does not divide over"
-            print(f"{told} {own.available_ranks} ranks a node: starting {ranks}", file=sys.stderr)
+            print(f"{told} {available} ranks a node: starting {ranks}", file=sys.stderr)
         print(ranks)
 
 

@@ -61,3 +61,23 @@ def test_mistakes_are_one_line(count, capsys, flags, words):
         count(*flags)
     told = capsys.readouterr().err
     assert stop.value.code == 2 and words in told and told.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (["--model", "wan"], "--model wan: unknown; choose one of "),
+        (["--tensor-model-parallel-sizes", "1,0"], "--tensor-model-parallel-sizes 0: must lie in [1, 1024]"),
+        (["--data-parallel-size", "1000000000000"], "--data-parallel-size 1000000000000: must lie in [1, 1024]"),
+        (["--lora-rank", "0"], "--lora-rank 0: must lie in [1, 8192]"),
+        (["--json", "/dev/null/a.json"], "--json /dev/null/a.json: "),
+    ],
+    ids=lambda flags: flags[0] if isinstance(flags, list) else "",
+)
+def test_bad_input_is_refused_in_one_line(tool, flags, line, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["count_bytes.py", *flags])
+    with pytest.raises(SystemExit) as stop:
+        tool.main()
+    assert stop.value.code == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"error: {line}") and told.count("\n") == 1

@@ -17,7 +17,6 @@ Drawing noise is bound by arithmetic, not by memory: see kernels/csrc/cpu/philox
 
 import csv
 import ctypes
-import json
 import statistics
 import sys
 import time
@@ -33,8 +32,11 @@ from torch import Tensor
 
 import pdmd_kernels
 from megatron_pdmd.errors import parse_options, user_errors
+from megatron_pdmd.files import check_file_destination, check_writable, write_json
+from megatron_pdmd.limits import check_range, shown
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+MOST_THREADS = 4096
 LARGEST_COPY = 2**28
 """Bytes; several times the caches, and little beside the activations."""
 
@@ -87,15 +89,13 @@ def benchmark(options: BenchmarkOptions) -> list[Row]:
         ValueError: options out of range, or the native kernels are not built.
     """
     if options.dtype not in DTYPES:
-        raise ValueError(f"--dtype {options.dtype} does not exist; choose bf16 or fp32")
-    for flag, value in (("--threads", options.threads), ("--repeats", options.repeats)):
-        if value < 1:
-            raise ValueError(f"{flag} is {value}; it must be at least 1")
-    if options.seconds < 0:
-        raise ValueError(f"--seconds is {options.seconds}; it must not be negative")
+        raise ValueError(f"--dtype {shown(options.dtype)} does not exist; choose bf16 or fp32")
+    check_range("--threads", options.threads, 1, MOST_THREADS)
+    check_range("--repeats", options.repeats, 1, 10**6)
+    check_range("--seconds", options.seconds, 0, 86400)
     unknown = [op for op in options.ops if not any(name.startswith(op) or op.startswith(name) for name in SETUPS)]
     if unknown:
-        raise ValueError(f"--ops {unknown[0]} does not exist; choose from {', '.join(SETUPS)}")
+        raise ValueError(f"--ops {shown(unknown[0])} does not exist; choose from {', '.join(SETUPS)}")
     wanted = options.ops or tuple(SETUPS)
     setups = dict.fromkeys(setup for name, setup in SETUPS.items() if any(matches(name, op) for op in wanted))
     sizes, rows = Sizes(DTYPES[options.dtype], options.quick), []
@@ -248,6 +248,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measures, prints and saves; exits with 2 for bad input."""
     with user_errors():
         options = parse_options(BenchmarkOptions, __doc__, arguments)
+        if options.json is not None:
+            check_file_destination(options.json, "--json")
+        if options.save is not None:
+            check_writable(options.save, "--save")
         rows = benchmark(options)
         memory = objective_memory(options) if options.objective_memory else None
         size = "quick sizes" if options.quick else "Wan 14B, 81 x 480 x 832"
@@ -255,9 +259,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.save is not None:
             save_rows(rows, options.save, title)
         if options.json is not None:
-            options.json.parent.mkdir(parents=True, exist_ok=True)
             content = {"title": title, "rows": [asdict(row) for row in rows], "objective_bytes": memory}
-            options.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            write_json(options.json, content)
     console = Console()
     console.print(table_of(rows, title))
     if memory is not None:

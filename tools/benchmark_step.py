@@ -10,7 +10,6 @@ our iteration over the sum of its own passes, `passes ms`. A learning pass is on
 
 import csv
 import itertools
-import json
 import statistics
 import sys
 import tempfile
@@ -26,6 +25,7 @@ from plain_iteration import PlainDistillation
 from rich.console import Console
 from rich.table import Table
 
+from megatron_pdmd import files
 from megatron_pdmd.config import Config, DataConfig, MethodConfig, TrainingConfig
 from megatron_pdmd.conversion.pipeline_folder import PipelineFolder, read_pipeline
 from megatron_pdmd.data.prompts import PromptEmbeddings
@@ -33,7 +33,9 @@ from megatron_pdmd.diffusion.noise_schedule import FlowMatchingSchedule
 from megatron_pdmd.diffusion.phases import PhasePlan
 from megatron_pdmd.distillation.roles import Pass, Roles
 from megatron_pdmd.distillation.step import Iteration
-from megatron_pdmd.errors import parse_options
+from megatron_pdmd.errors import parse_options, user_errors
+from megatron_pdmd.files import check_file_destination, written_whole
+from megatron_pdmd.limits import check_range
 from megatron_pdmd.models import WanConfig, adapter_state_dict, from_hf
 from megatron_pdmd.parallel import destroy_topology, initialize_topology
 from megatron_pdmd.training.networks import Networks
@@ -101,22 +103,18 @@ class BenchmarkOptions:
     """JSON file for both tables."""
 
     def prepare(self) -> None:
-        """Refuses counts that cannot be, and makes sure that the files can be written.
+        """Refuses counts that cannot be, and files that cannot be written.
 
         Raises:
             ValueError: names the flag.
-            OSError: names the file.
         """
-        if self.repeats < 1:
-            raise ValueError(f"--repeats {self.repeats}: give at least 1")
-        if self.threads < 0:
-            raise ValueError(f"--threads {self.threads}: give a positive number, or 0 for torch's own choice")
+        check_range("--repeats", self.repeats, 1, 10**6)
+        check_range("--threads", self.threads, 0, 4096)
         if not self.sizes or not self.dtypes:
             raise ValueError("--sizes, --dtypes: name at least one of each")
-        for path in (self.csv, self.json):
+        for flag, path in (("--csv", self.csv), ("--json", self.json)):
             if path is not None:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.open("a").close()
+                check_file_destination(path, flag)
 
 
 @dataclass(frozen=True)
@@ -174,7 +172,7 @@ def write_random_teacher(model: WanConfig, folder: Path) -> Path:
     arguments = {name: value for name, value in model.to_hf().items() if not name.startswith("_")}
     WanTransformer3DModel(**arguments).save_pretrained(folder / "transformer")
     index = {"_class_name": "WanPipeline", "transformer": ["diffusers", "WanTransformer3DModel"]}
-    (folder / "model_index.json").write_text(json.dumps(index))
+    files.write_json(folder / "model_index.json", index)
     return folder
 
 
@@ -350,7 +348,7 @@ def table_of(rows: list[IterationTime] | list[PassTime], title: str) -> Table:
 
 
 def write_csv(path: Path, rows: list[IterationTime]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with written_whole(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(IterationTime)])
         writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
@@ -363,17 +361,14 @@ def write_json(path: Path, options: BenchmarkOptions, rows: list[IterationTime],
         "iterations": [asdict(row) for row in rows],
         "passes": [asdict(row) for row in kinds],
     }
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    files.write_json(path, content)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 for bad input."""
-    try:
+    """Returns 0; exits with 2 for bad input."""
+    with user_errors():
         options = parse_options(BenchmarkOptions, __doc__, arguments)
         options.prepare()
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     if options.threads:
         torch.set_num_threads(options.threads)
     rows, kinds = [], []

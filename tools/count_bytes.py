@@ -6,7 +6,6 @@ The real networks, wrappers and optimizers are built for rank 0 of a group of ra
 device: tensors have sizes and no memory. Networks are bf16 with fp32 main weights. GB are 10^9 bytes.
 """
 
-import json
 import math
 import os
 from collections.abc import Iterable, Mapping
@@ -19,6 +18,8 @@ from rich.table import Table
 
 from megatron_pdmd.config import Ints
 from megatron_pdmd.errors import parse_options, user_errors
+from megatron_pdmd.files import check_file_destination, write_json
+from megatron_pdmd.limits import check_limits, check_range, shown
 from megatron_pdmd.models import lora
 from megatron_pdmd.models.layers.tensor_parallel import partition_dim
 from megatron_pdmd.models.wan.config import WAN_PRESETS
@@ -26,6 +27,8 @@ from megatron_pdmd.models.wan.model import WanModel
 from megatron_pdmd.parallel import data_parallel, destroy_topology, initialize_topology, without_cuda
 from megatron_pdmd.training.optimizer import build_optimizer
 from megatron_pdmd.training.sharded_state import Shard, parameter_shard
+
+MOST_RANKS = 1024  # along an axis; every one of their groups is made
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,17 +81,32 @@ class RoleBytes:
 def main() -> None:
     with user_errors():
         options = parse_options(CountOptions, __doc__.splitlines()[0])
-        if options.model not in WAN_PRESETS:
-            raise ValueError(f"--model {options.model}: unknown; choose one of {', '.join(WAN_PRESETS)}")
+        _check(options)
         rows = [
             row
             for distributed in (False, True)
             for tensor in options.tensor_model_parallel_sizes
             for row in count_bytes(options, tensor, distributed=distributed)
         ]
-    Console(width=120).print(table_of(options, rows))
+        Console(width=120).print(table_of(options, rows))
+        if options.json:
+            write_json(options.json, [asdict(row) for row in rows])
+
+
+def _check(options: CountOptions) -> None:
+    """Refuses options that cannot be counted.
+
+    Raises:
+        ValueError: names the flag.
+    """
+    if options.model not in WAN_PRESETS:
+        raise ValueError(f"--model {shown(options.model)}: unknown; choose one of {', '.join(WAN_PRESETS)}")
+    for size in options.tensor_model_parallel_sizes:
+        check_range("--tensor-model-parallel-sizes", size, 1, MOST_RANKS)
+    check_range("--data-parallel-size", options.data_parallel_size, 1, MOST_RANKS)
+    check_limits(options)
     if options.json:
-        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+        check_file_destination(options.json, "--json")
 
 
 def count_bytes(options: CountOptions, tensor: int, *, distributed: bool) -> list[RoleBytes]:

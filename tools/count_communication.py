@@ -8,8 +8,6 @@ saved. The formulas are megatron_pdmd/planning/communication.py's; payload is th
 scattered or summed, or what is sent.
 """
 
-import argparse
-import json
 import math
 import sys
 from dataclasses import asdict
@@ -22,8 +20,11 @@ from rich.table import Table
 
 from megatron_pdmd.config import Config
 from megatron_pdmd.distillation.step import Iteration
+from megatron_pdmd.environment import check_rank_variables
 from megatron_pdmd.errors import user_errors
+from megatron_pdmd.files import check_file_destination, write_json
 from megatron_pdmd.models import WanModel
+from megatron_pdmd.options import convert
 from megatron_pdmd.parallel.communication import CommunicationCounter, Volume
 from megatron_pdmd.parallel.topology import Topology, destroy_topology
 from megatron_pdmd.planning.communication import ModelLayout, PassShape, backward_volume, forward_volume
@@ -103,21 +104,37 @@ def table_of(counted: Volume, expected: Volume) -> Table:
     return table
 
 
+def split_json(arguments: list[str]) -> tuple[list[str], Path | None]:
+    """The trainer's flags and the last `--json`, which means something else there.
+
+    Raises:
+        ValueError: it names no file that can be written.
+    """
+    flags, path, rest = [], None, iter(arguments)
+    for argument in rest:
+        name, equals, text = argument.partition("=")
+        if name != "--json":
+            flags.append(argument)
+            continue
+        path = convert(text if equals else next(rest, ""), Path, "--json")
+        check_file_destination(path, "--json")
+    return flags, path
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 for bad input."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="JSON file for the table")
-    options, flags = parser.parse_known_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
     with user_errors():
+        check_rank_variables()
+        flags, json = split_json(arguments)
         plan = prepare(flags)
         topology = start_topology(plan.config.parallel)
         check_batch(plan.config, topology.data)
         counted, expected = count(plan, topology)
         if topology.rank == 0:
             Console().print(table_of(counted, expected))
-            if options.json:
-                content = {"counted": asdict(counted), "formula": asdict(expected)}
-                options.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            if json:
+                write_json(json, {"counted": asdict(counted), "formula": asdict(expected)})
     destroy_topology()
     return 0
 

@@ -17,10 +17,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from megatron_pdmd.arguments import load_recipe
+from megatron_pdmd.arguments import from_here, load_recipe
 from megatron_pdmd.config import Config
 from megatron_pdmd.data.prompts import PromptEmbeddings
 from megatron_pdmd.errors import parse_options, user_errors
+from megatron_pdmd.files import check_file_destination, write_json
+from megatron_pdmd.limits import LIMITS, check_limits, check_range
 from megatron_pdmd.models.wan.config import WAN_PRESETS
 from megatron_pdmd.planning.skeleton import preset_folder
 
@@ -44,8 +46,16 @@ class RecipeOptions:
 def main() -> int:
     with user_errors():
         options = parse_options(RecipeOptions, __doc__.splitlines()[0])
+        check_range("--ranks", options.ranks, 1, LIMITS["dry_run"].most)
+        if options.json:
+            check_file_destination(options.json, "--json")
         recipes = options.recipes or tuple(sorted(RECIPES.glob("*.yaml")))
-        configs = {recipe: load_recipe(recipe) for recipe in recipes}
+        configs = {recipe: from_here(load_recipe(recipe), recipe) for recipe in recipes}
+        return rehearse(configs, options)
+
+
+def rehearse(configs: dict[Path, Config], options: RecipeOptions) -> int:
+    """Rehearses each recipe in a process of its own; returns 0, or the exit code of the first that ended otherwise."""
     reports = {}
     with tempfile.TemporaryDirectory() as folder:
         for recipe, config in configs.items():
@@ -55,12 +65,12 @@ def main() -> int:
             command = [sys.executable, "-m", "megatron_pdmd.pretrain", *arguments_for(recipe, config, place, options)]
             ended = subprocess.run(command, capture_output=True, text=True)
             if ended.returncode:
-                print(ended.stderr.strip().splitlines()[-1], file=sys.stderr)
+                print(f"{recipe}: {ended.stderr.strip().splitlines()[-1]}", file=sys.stderr)
                 return ended.returncode
             reports[recipe.name] = json.loads((place / "report.json").read_text())
     Console(width=120).print(table_of(reports))
     if options.json:
-        options.json.write_text(json.dumps(reports, indent=2) + "\n")
+        write_json(options.json, reports)
     return 0
 
 
@@ -70,6 +80,9 @@ def arguments_for(recipe: Path, config: Config, place: Path, options: RecipeOpti
     Raises:
         ValueError: the teacher is neither there nor a model whose shape is known.
     """
+    check_limits(config)
+    if config.model.teacher is None:
+        raise ValueError(f"{recipe}: names no teacher; add 'model: {{teacher: FOLDER}}'")
     layout = config.parallel
     share = layout.tensor_model_parallel_size * layout.context_parallel_size
     data = min(options.ranks // share, config.training.global_batch_size // config.training.micro_batch_size)

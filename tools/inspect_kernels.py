@@ -11,7 +11,6 @@ number a row, is not counted. Rotations that each head reads again from the cach
 are compiled where nvcc is found. Exit code 1: a kernel failed.
 """
 
-import json
 import re
 import shutil
 import subprocess
@@ -26,7 +25,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from megatron_pdmd.errors import parse_options
+from megatron_pdmd.errors import parse_options, user_errors
+from megatron_pdmd.files import check_file_destination, write_json
+from megatron_pdmd.limits import shown
 
 CUDA_SOURCE = Path(__file__).resolve().parents[1] / "kernels" / "csrc" / "cuda" / "adamw_beta1_zero.cu"
 TARGETS = ("sm_80", "sm_90", "sm_100")
@@ -321,22 +322,19 @@ def chosen(given: str, known: Callable[[], list[str]], flag: str) -> list[str]:
     names = [name.strip() for name in given.split(",") if name.strip()] or known()
     for name in names:
         if name not in known():
-            raise ValueError(f"{flag}: {name!r} is not known; choose from {', '.join(known())}")
+            raise ValueError(f"{flag}: {shown(name)!r} is not known; choose from {', '.join(known())}")
     return names
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code: 0, 1 if a kernel failed, 2 for bad input."""
-    try:
+    """Returns 0, or 1 if a kernel failed; exits with 2 for bad input."""
+    with user_errors():
         options = parse_options(InspectOptions, __doc__, arguments)
         targets = chosen(options.targets, lambda: list(TARGETS), "--targets")
         dtypes = chosen(options.dtypes, lambda: list(DTYPES), "--dtypes")
         ops = chosen(options.only, lambda: list(cases(torch.float32)), "--only")
-        if options.json is not None and not options.json.absolute().parent.is_dir():
-            raise ValueError(f"--json {options.json}: no such folder; make it first")
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        if options.json is not None:
+            check_file_destination(options.json, "--json")
     console, nvcc = Console(), shutil.which("nvcc")
     if not console.is_terminal:
         console = Console(width=TABLE_WIDTH)
@@ -351,9 +349,7 @@ def main(arguments: list[str] | None = None) -> int:
     if nvcc is None:
         console.print("nvcc was not found: the CUDA kernels were not compiled")
     if options.json is not None:
-        options.json.write_text(
-            json.dumps([asdict(finding) for finding in findings], indent=2) + "\n", encoding="utf-8"
-        )
+        write_json(options.json, [asdict(finding) for finding in findings])
     return 1 if any(finding.faults for finding in findings) else 0
 
 

@@ -205,6 +205,7 @@ class Trainer:
             stop.agree(self._done_here)
             if save or stop.reason or stop.save_is_due:
                 self._count_time()
+                tell(self._topology, f"iteration {self.progress.iteration}: saving a checkpoint")
                 with self._instruments.between("save", self.progress.iteration):
                     writer.save(self._manifest(trainer.optimizer_steps()), self._states(trainer))
                 stop.saved()

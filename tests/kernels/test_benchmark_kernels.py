@@ -44,8 +44,11 @@ def test_the_fused_objective_holds_nothing_beside_x_t_and_the_gradient(tool, mon
     ("flags", "message"),
     [
         (["--dtype", "fp8"], "--dtype fp8 does not exist"),
-        (["--repeats", "0"], "--repeats is 0"),
-        (["--seconds", "-1"], "--seconds is -1"),
+        (["--repeats", "0"], "--repeats 0: must lie in [1, 1000000]"),
+        (["--seconds", "-1"], "--seconds -1.0: must lie in [0, 86400]"),
+        (["--seconds", "nan"], "--seconds: expected a finite number"),
+        (["--threads", "1000000000"], "--threads 1000000000: must lie in [1, 4096]"),
+        (["--json", "/dev/null/a.json"], "--json /dev/null/a.json: "),
         (["--ops", "matmul"], "--ops matmul does not exist"),
     ],
 )
