@@ -5,8 +5,8 @@ With `--available-ranks N`, and `--nodes N`, it prints how many ranks of each no
 """
 
 import argparse
-import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,13 +15,15 @@ import torch
 from megatron_pdmd.arguments import parse_arguments, to_yaml
 from megatron_pdmd.config import Config, DataConfig, EvaluationConfig
 from megatron_pdmd.conversion.pipeline_folder import PipelineFolder, read_pipeline
+from megatron_pdmd.conversion.vae import check_vae
 from megatron_pdmd.data.prompts import load_prompts, read_prompts
+from megatron_pdmd.data.text_encoder import check_text_encoder
 from megatron_pdmd.diffusion.noise_schedule import FlowMatchingSchedule
 from megatron_pdmd.diffusion.phases import PhasePlan, deployment_boundary, noise_interval
 from megatron_pdmd.errors import user_errors
 from megatron_pdmd.evaluation.clip_classifier import load_classifier
 from megatron_pdmd.evaluation.heldout_digits import load_heldout_digits
-from megatron_pdmd.models.wan import WanConfig, check_layout
+from megatron_pdmd.models.wan import check_layout
 from megatron_pdmd.parallel.topology import check_sizes
 from megatron_pdmd.training.phase import fitting_ranks
 from megatron_pdmd.training.run_folder import check_run_folder
@@ -67,9 +69,12 @@ def check(config: Config) -> Plan:
         noise_interval(phase, method.noise_interval, phases.boundary, fixed_t=method.fixed_timestep)
     if config.checkpoint.export:
         deployment_boundary(phases)
+    latent_shape = _latent_shape(config, source)
     _check_prompts(config.data.prompts, config.data, source)
     if config.evaluation.eval_prompts:
         _check_prompts(config.evaluation.eval_prompts, config.data, source, "--eval-prompts")
+    if source.has_vae and config.logging.sample_prompts:
+        _check_vae(source)
     check_wandb(config.logging)
     _check_kernel_backend(config.model.kernel_backend)
     _check_task_folder(config.evaluation)
@@ -77,45 +82,72 @@ def check(config: Config) -> Plan:
         load_classifier(config.evaluation.task_folder / "classifier.safetensors")
         load_heldout_digits(config.evaluation.task_folder / "heldout_digits.png")
     check_run_folder(config)
-    return Plan(config, source, schedule, phases, _latent_shape(config, source))
+    return Plan(config, source, schedule, phases, latent_shape)
 
 
-def _check_prompts(path: Path, data: DataConfig, source: PipelineFolder, flag: str = "--prompts") -> None:
-    """Refuses prompts that the run could not read.
+def _check_prompts(path: Path, data: DataConfig, source: PipelineFolder, flag: str = "--prompts") -> Sequence[str]:
+    """The prompts' texts.
 
     Raises:
-        ValueError: they are broken, encoded for other lengths, or text that nothing here can encode.
+        ValueError: they are broken, encoded for other lengths or another teacher, or text that nothing here can encode.
     """
+    wanted = next(iter(source.configs.values())).text_dim
     if path.is_dir():
-        load_prompts(path, max_length=data.prompt_length, negative_prompt=data.negative_prompt, flag=flag)
-        return
-    read_prompts(path, flag)
-    if not source.has_text_encoder:
-        raise ValueError(
-            f"{flag} {path}: is text, and {source.path} has no text encoder; encode it with tools/encode_prompts.py"
-        )
+        loaded = load_prompts(path, max_length=data.prompt_length, negative_prompt=data.negative_prompt, flag=flag)
+        width, mend = loaded.negative.shape[1], "encode them with the teacher's own text encoder"
+        texts: Sequence[str] = loaded.prompts
+    else:
+        texts = read_prompts(path, flag)
+        if not source.has_text_encoder:
+            raise ValueError(
+                f"{flag} {path}: is text, and {source.path} has no text encoder; encode it with tools/encode_prompts.py"
+            )
+        width, mend = check_text_encoder(source.path, data.prompt_length), "is the text encoder the teacher's own?"
+    if width != wanted:
+        raise ValueError(f"{flag} {path}: embeddings are {width} wide, the teacher reads {wanted}; {mend}")
+    return texts
 
 
 def _latent_shape(config: Config, source: PipelineFolder) -> tuple[int, ...]:
     """[C, F, H, W] of a sample.
 
     Raises:
-        ValueError: a side that the teacher's patches do not divide, or ranks that its heads do not divide over.
+        ValueError: a teacher that needs more than text, a side that its patches do not divide or that is longer than it
+            knows, or ranks that its heads do not divide over.
     """
-    path = source.path / next(iter(source.experts.values())) / "config.json"
-    try:
-        model = WanConfig.from_hf(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    ranks = config.parallel
+    ranks, data = config.parallel, config.data
     tensor, context = ranks.tensor_model_parallel_size, ranks.context_parallel_size
     check_sizes(tensor, 1, context, ranks.sequence_parallel)
-    check_layout(model, tensor, context, ranks.context_parallel_method)
-    sides = (config.data.frames, config.data.height, config.data.width)
-    for flag, side, patch in zip(("--frames", "--height", "--width"), sides, model.patch_size, strict=True):
-        if side % patch:
-            raise ValueError(f"{flag} {side}: the teacher's patches are {patch} wide; give a multiple of it")
+    sides = (data.frames, data.height, data.width)
+    for expert, model in source.configs.items():
+        if model.in_channels != model.out_channels:
+            raise ValueError(
+                f"--teacher {source.path}: {source.experts[expert]} reads {model.in_channels} channels and writes"
+                f" {model.out_channels}, as image-to-video models do; training takes text-to-video models only"
+            )
+        check_layout(model, tensor, context, ranks.context_parallel_method)
+        for flag, side, patch in zip(("--frames", "--height", "--width"), sides, model.patch_size, strict=True):
+            if side % patch:
+                raise ValueError(f"{flag} {side}: the teacher's patches are {patch} wide; give a multiple of it")
+            if side > patch * model.rope_max_seq_len:
+                longest = patch * model.rope_max_seq_len
+                raise ValueError(f"{flag} {side}: the teacher knows positions up to {longest}; give no more")
     return (model.out_channels, *sides)
+
+
+def _check_vae(source: PipelineFolder) -> None:
+    """Sheets are decoded after hours; that the VAE fits must be known before.
+
+    Raises:
+        ValueError: it cannot be loaded, or decodes other latents.
+    """
+    own = check_vae(source)
+    for model in source.configs.values():
+        if own != model.out_channels:
+            raise ValueError(
+                f"--teacher {source.path}: its VAE decodes {own} channels, its transformers write {model.out_channels};"
+                " do they belong together?"
+            )
 
 
 def _check_kernel_backend(name: str) -> None:
