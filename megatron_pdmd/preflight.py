@@ -25,6 +25,7 @@ from megatron_pdmd.evaluation.clip_classifier import load_classifier
 from megatron_pdmd.evaluation.heldout_digits import load_heldout_digits
 from megatron_pdmd.models.wan import check_layout
 from megatron_pdmd.parallel.topology import check_sizes
+from megatron_pdmd.safetensors_files import DIFFUSERS_STEM, TRANSFORMERS_STEM, require_finite_model
 from megatron_pdmd.training.phase import fitting_ranks
 from megatron_pdmd.training.run_folder import check_run_folder
 from megatron_pdmd.training.wandb_log import check_wandb
@@ -75,6 +76,8 @@ def check(config: Config) -> Plan:
         _check_prompts(config.evaluation.eval_prompts, config.data, source, "--eval-prompts")
     if source.has_vae and config.logging.sample_prompts:
         _check_vae(source)
+    for subfolder in source.experts.values():
+        require_finite_model(source.path / subfolder, DIFFUSERS_STEM)
     check_wandb(config.logging)
     _check_kernel_backend(config.model.kernel_backend)
     _check_task_folder(config.evaluation)
@@ -102,6 +105,7 @@ def _check_prompts(path: Path, data: DataConfig, source: PipelineFolder, flag: s
             raise ValueError(
                 f"{flag} {path}: is text, and {source.path} has no text encoder; encode it with tools/encode_prompts.py"
             )
+        require_finite_model(source.path / "text_encoder", TRANSFORMERS_STEM)
         width, mend = check_text_encoder(source.path, data.prompt_length), "is the text encoder the teacher's own?"
     if width != wanted:
         raise ValueError(f"{flag} {path}: embeddings are {width} wide, the teacher reads {wanted}; {mend}")
@@ -148,6 +152,7 @@ def _check_vae(source: PipelineFolder) -> None:
                 f"--teacher {source.path}: its VAE decodes {own} channels, its transformers write {model.out_channels};"
                 " do they belong together?"
             )
+    require_finite_model(source.path / "vae", DIFFUSERS_STEM)
 
 
 def _check_kernel_backend(name: str) -> None:

@@ -20,6 +20,7 @@ from megatron_pdmd.limits import shown
 
 DIFFUSERS_STEM = "diffusion_pytorch_model"
 TRANSFORMERS_STEM = "model"
+READ_AT_LAUNCH = 2**30  # bytes whose values are judged before a run starts; more would keep a user waiting
 _LONGEST_HEADER = 100_000_000  # bytes; safetensors' own limit
 _LARGEST_SIDE = 2**63 - 1
 _MOST_DIMENSIONS = 64
@@ -223,6 +224,22 @@ def require_finite(tensors: Iterable[tuple[str, Tensor]], where: str | Path) -> 
             raise ValueError(
                 f"{where}: tensor {shown(repr(name))} holds values that are not finite; get or make it again"
             )
+
+
+def require_finite_model(folder: Path, stem: str) -> None:
+    """Refuses a model with values that are not finite, if it is small; a large one is judged as it is loaded.
+
+    Args:
+        folder: the model's.
+        stem: as in `read_model_headers`.
+
+    Raises:
+        ValueError: names the file and the tensor.
+    """
+    headers = read_model_headers(folder, stem)
+    if sum(tensor.size for header in headers.values() for tensor in header.values()) <= READ_AT_LAUNCH:
+        for path in headers:
+            require_finite(read_tensors(path).items(), path)
 
 
 def _is_finite(tensor: Tensor) -> bool:

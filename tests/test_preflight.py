@@ -237,6 +237,20 @@ def test_teachers_that_cannot_be_trained(refusal, teacher):
     assert "transformer/config.json: patch_size None: expected three positive integers" in refusal()
 
 
+def test_small_models_with_values_that_are_not_finite(refusal, teacher):
+    spoilt = {
+        "transformer_2/diffusion_pytorch_model": "proj_out.bias",
+        "transformer/diffusion_pytorch_model": "blocks.0.ffn.net.2.bias",
+        "text_encoder/model": "shared.weight",
+    }
+    for file, tensor in spoilt.items():
+        path = teacher / f"{file}.safetensors"
+        tensors = load_file(path)
+        tensors[tensor].view(-1)[1] = float("nan")
+        save_file(tensors, path)
+        assert f"{path}: tensor '{tensor}' holds values that are not finite" in refusal()
+
+
 def test_samples_beyond_the_positions_that_the_teacher_knows(refusal, flags):
     assert "--frames 65: the teacher knows positions up to 64" in refusal("--frames", "65")
     assert "--width 130: the teacher knows positions up to 128" in refusal("--width", "130")
