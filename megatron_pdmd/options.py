@@ -27,6 +27,7 @@ Options = TypeVar("Options")
 _WHOLE_NUMBER = re.compile(r"[+-]?[0-9]{1,100}")
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,6})?")
 _LONGEST_NUMBER = 400  # characters
+_LONGEST_PART, _LONGEST_PATH = 255, 4095  # bytes of a name and of a path, on Linux
 _NAMES = {int: "a whole number", float: "a finite number", str: "a text", Path: "a path"}
 _METAVARS = {int: "INT", float: "FLOAT", str: "STR", Path: "PATH"}
 _RULER = re.compile(r"\s*-{5,}\s*")
@@ -232,7 +233,10 @@ def _text(value: Any) -> str | None:
 
 def _path(value: Any) -> Path | None:
     text = _text(value)
-    return Path(text) if text and "\0" not in text else None
+    if not text or "\0" in text or len(text.encode()) > _LONGEST_PATH:
+        return None
+    path = Path(text)
+    return path if all(len(part.encode()) <= _LONGEST_PART for part in path.parts) else None
 
 
 _CONVERTERS = {int: _whole_number, float: _finite_number, str: _text, Path: _path}

@@ -4,7 +4,6 @@
 ranks: `--available-ranks RANKS NODES`, before all flags, makes it print how many ranks of each node the run can use.
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +15,9 @@ from megatron_pdmd.arguments import parse_arguments, to_yaml
 from megatron_pdmd.config import Config, DataConfig, EvaluationConfig
 from megatron_pdmd.conversion.export import is_export
 from megatron_pdmd.conversion.pipeline_folder import PipelineFolder, read_pipeline
+from megatron_pdmd.conversion.vae import check_vae
 from megatron_pdmd.data.prompts import load_prompts, read_prompts
+from megatron_pdmd.data.text_encoder import check_text_encoder
 from megatron_pdmd.diffusion.noise_schedule import FlowMatchingSchedule
 from megatron_pdmd.diffusion.phases import PhasePlan, deployment_boundary, noise_interval
 from megatron_pdmd.errors import require_space, user_errors
@@ -25,9 +26,10 @@ from megatron_pdmd.evaluation.heldout_digits import load_heldout_digits
 from megatron_pdmd.evaluation.moving_digits_report import check_measurable
 from megatron_pdmd.files import check_destination
 from megatron_pdmd.models.layers.attention import attention_backend
-from megatron_pdmd.models.wan import WanConfig, check_layout
+from megatron_pdmd.models.wan import check_layout
 from megatron_pdmd.options import convert
 from megatron_pdmd.parallel.topology import check_sizes
+from megatron_pdmd.safetensors_files import DIFFUSERS_STEM, TRANSFORMERS_STEM, require_finite_model
 from megatron_pdmd.training.disk_space import least_bytes
 from megatron_pdmd.training.fingerprints import Fingerprints
 from megatron_pdmd.training.phase import fitting_ranks
@@ -89,18 +91,23 @@ def check(config: Config) -> Plan:
     if config.checkpoint.export:
         deployment_boundary(phases)
         check_destination(config.checkpoint.save / "hf", "--save", is_export)
+    latent_shape = _latent_shape(config, source)
     texts = _check_prompts(config.data.prompts, config.data, source)
     if config.evaluation.eval_prompts:
         _check_prompts(config.evaluation.eval_prompts, config.data, source, "--eval-prompts")
+    if source.has_vae and config.logging.sample_prompts:
+        _check_vae(source)
+    for subfolder in source.experts.values():
+        require_finite_model(source.path / subfolder, DIFFUSERS_STEM)
     check_wandb(config.logging)
     check_device(config)
     _check_task_folder(config.evaluation)
     if config.evaluation.task == "moving_digits":
         load_classifier(config.evaluation.task_folder / "classifier.safetensors")
         load_heldout_digits(config.evaluation.task_folder / "heldout_digits.png")
-    inputs, latent_shape = Fingerprints.of(source, config.data.prompts), _latent_shape(config, source)
     if config.evaluation.task == "moving_digits":
         check_measurable(texts, latent_shape, config.evaluation.clips)
+    inputs = Fingerprints.of(source, config.data.prompts)
     remarks = check_run_folder(config, inputs)
     check_unlocked(config.checkpoint.save)
     find_start(config)
@@ -109,19 +116,26 @@ def check(config: Config) -> Plan:
 
 
 def _check_prompts(path: Path, data: DataConfig, source: PipelineFolder, flag: str = "--prompts") -> Sequence[str]:
-    """The prompts' texts; refuses prompts that the run could not read.
+    """The prompts' texts.
 
     Raises:
-        ValueError: they are broken, encoded for other lengths, or text that nothing here can encode.
+        ValueError: they are broken, encoded for other lengths or another teacher, or text that nothing here can encode.
     """
+    wanted = next(iter(source.configs.values())).text_dim
     if path.is_dir():
-        length, negative = data.prompt_length, data.negative_prompt
-        return load_prompts(path, max_length=length, negative_prompt=negative, flag=flag).prompts
-    texts = read_prompts(path, flag)
-    if not source.has_text_encoder:
-        raise ValueError(
-            f"{flag} {path}: is text, and {source.path} has no text encoder; encode it with tools/encode_prompts.py"
-        )
+        loaded = load_prompts(path, max_length=data.prompt_length, negative_prompt=data.negative_prompt, flag=flag)
+        width, mend = loaded.negative.shape[1], "encode them with the teacher's own text encoder"
+        texts: Sequence[str] = loaded.prompts
+    else:
+        texts = read_prompts(path, flag)
+        if not source.has_text_encoder:
+            raise ValueError(
+                f"{flag} {path}: is text, and {source.path} has no text encoder; encode it with tools/encode_prompts.py"
+            )
+        require_finite_model(source.path / "text_encoder", TRANSFORMERS_STEM)
+        width, mend = check_text_encoder(source.path, data.prompt_length), "is the text encoder the teacher's own?"
+    if width != wanted:
+        raise ValueError(f"{flag} {path}: embeddings are {width} wide, the teacher reads {wanted}; {mend}")
     return texts
 
 
@@ -129,22 +143,43 @@ def _latent_shape(config: Config, source: PipelineFolder) -> tuple[int, ...]:
     """[C, F, H, W] of a sample.
 
     Raises:
-        ValueError: a side that the teacher's patches do not divide, or ranks that its heads do not divide over.
+        ValueError: a teacher that needs more than text, a side that its patches do not divide or that is longer than it
+            knows, or ranks that its heads do not divide over.
     """
-    path = source.path / next(iter(source.experts.values())) / "config.json"
-    try:
-        model = WanConfig.from_hf(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    ranks = config.parallel
+    ranks, data = config.parallel, config.data
     tensor, context = ranks.tensor_model_parallel_size, ranks.context_parallel_size
     check_sizes(tensor, 1, context, ranks.sequence_parallel)
-    check_layout(model, tensor, context, ranks.context_parallel_method)
-    sides = (config.data.frames, config.data.height, config.data.width)
-    for flag, side, patch in zip(("--frames", "--height", "--width"), sides, model.patch_size, strict=True):
-        if side % patch:
-            raise ValueError(f"{flag} {side}: the teacher's patches are {patch} wide; give a multiple of it")
+    sides = (data.frames, data.height, data.width)
+    for expert, model in source.configs.items():
+        if model.in_channels != model.out_channels:
+            raise ValueError(
+                f"--teacher {source.path}: {source.experts[expert]} reads {model.in_channels} channels and writes"
+                f" {model.out_channels}, as image-to-video models do; training takes text-to-video models only"
+            )
+        check_layout(model, tensor, context, ranks.context_parallel_method)
+        for flag, side, patch in zip(("--frames", "--height", "--width"), sides, model.patch_size, strict=True):
+            if side % patch:
+                raise ValueError(f"{flag} {side}: the teacher's patches are {patch} wide; give a multiple of it")
+            if side > patch * model.rope_max_seq_len:
+                longest = patch * model.rope_max_seq_len
+                raise ValueError(f"{flag} {side}: the teacher knows positions up to {longest}; give no more")
     return (model.out_channels, *sides)
+
+
+def _check_vae(source: PipelineFolder) -> None:
+    """Sheets are decoded after hours; that the VAE fits must be known before.
+
+    Raises:
+        ValueError: it cannot be loaded, or decodes other latents.
+    """
+    own = check_vae(source)
+    for model in source.configs.values():
+        if own != model.out_channels:
+            raise ValueError(
+                f"--teacher {source.path}: its VAE decodes {own} channels, its transformers write {model.out_channels};"
+                " do they belong together?"
+            )
+    require_finite_model(source.path / "vae", DIFFUSERS_STEM)
 
 
 def check_device(config: Config) -> None:

@@ -16,9 +16,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_pdmd.documents import parse_json, read_json_object
+from megatron_pdmd.limits import shown
 
 DIFFUSERS_STEM = "diffusion_pytorch_model"
 TRANSFORMERS_STEM = "model"
+READ_AT_LAUNCH = 2**30  # bytes whose values are judged before a run starts; more would keep a user waiting
 _LONGEST_HEADER = 100_000_000  # bytes; safetensors' own limit
 _LARGEST_SIDE = 2**63 - 1
 _MOST_DIMENSIONS = 64
@@ -82,7 +84,7 @@ def _judged(entries: dict[str, Any], data_size: int) -> dict[str, StoredTensor]:
     end = 0
     for begin, following, name in sorted(spans):
         if begin != end:
-            raise ValueError(f"tensor {shown_name(name)} starts at byte {begin} of the data, not at {end}")
+            raise ValueError(f"tensor {shown(repr(name))} starts at byte {begin} of the data, not at {end}")
         end = following
     if end != data_size:
         raise ValueError(f"is truncated or damaged: {data_size} bytes of data, its header says {end}")
@@ -92,17 +94,17 @@ def _judged(entries: dict[str, Any], data_size: int) -> dict[str, StoredTensor]:
 def _stored(name: str, entry: Any) -> tuple[StoredTensor, tuple[int, int]]:
     """A tensor and where it begins and ends."""
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise ValueError(f"has no valid safetensors header (at tensor {shown_name(name)})")
+        raise ValueError(f"has no valid safetensors header (at tensor {shown(repr(name))})")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _ITEM_SIZES:
-        raise ValueError(f"tensor {shown_name(name)} has numbers of an unknown kind, {str(dtype)[:20]}")
+        raise ValueError(f"tensor {shown(repr(name))} has numbers of an unknown kind, {shown(dtype)}")
     if not _are_sizes(shape) or len(shape) > _MOST_DIMENSIONS:
-        raise ValueError(f"tensor {shown_name(name)} has no valid shape")
+        raise ValueError(f"tensor {shown(repr(name))} has no valid shape")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise ValueError(f"tensor {shown_name(name)} has no valid data_offsets")
+        raise ValueError(f"tensor {shown(repr(name))} has no valid data_offsets")
     size = offsets[1] - offsets[0]
     if math.prod(shape) * _ITEM_SIZES[dtype] != size:
-        raise ValueError(f"tensor {shown_name(name)} is {dtype} {shape} in {size} bytes, which does not fit")
+        raise ValueError(f"tensor {shown(repr(name))} is {dtype} {shown(shape)} in {size} bytes, which does not fit")
     return StoredTensor(dtype, tuple(shape), size), (offsets[0], offsets[1])
 
 
@@ -132,13 +134,16 @@ def read_model_headers(folder: Path, stem: str) -> dict[Path, dict[str, StoredTe
     for path, header in headers.items():
         for tensor in header:
             if tensor in held:
-                raise ValueError(f"{path}: tensor {shown_name(tensor)} is also in {held[tensor]}; get the folder again")
+                raise ValueError(
+                    f"{path}: tensor {shown(repr(tensor))} is also in {held[tensor]}; get the folder again"
+                )
             held[tensor] = path.name
     for tensor in weight_map | held:
         if weight_map.get(tensor) != held.get(tensor):
             where = [f"in {name}" if name else "nowhere" for name in (weight_map.get(tensor), held.get(tensor))]
             raise ValueError(
-                f"{index}: tensor {shown_name(tensor)} is {where[0]} by the index, but {where[1]}; get the folder again"
+                f"{index}: tensor {shown(repr(tensor))} is {where[0]} by the index, but {where[1]};"
+                " get the folder again"
             )
     return headers
 
@@ -158,7 +163,7 @@ def _read_weight_map(index: Path) -> dict[str, str]:
         plain = isinstance(name, str) and name.isprintable() and name == Path(name).name
         if not plain or not name.endswith(".safetensors") or len(name.encode()) > 255:
             raise ValueError(
-                f"{index}: weight_map names {shown_name(name)}, which is no safetensors file in this folder; refused"
+                f"{index}: weight_map names {shown(repr(name))}, which is no safetensors file in this folder; refused"
             )
     return weight_map
 
@@ -176,9 +181,9 @@ def require_tensors(folder: Path, found: Mapping[str, StoredTensor], expected: M
     """
     for problem, names in (("missing", expected.keys() - found.keys()), ("unexpected", found.keys() - expected.keys())):
         if names:
-            shown = ", ".join(map(shown_name, sorted(names)[:3])) + (", ..." if len(names) > 3 else "")
+            listed = ", ".join(shown(repr(name)) for name in sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
             raise ValueError(
-                f"{folder}: {len(names)} {problem} tensors ({shown}); do weights and config.json belong together?"
+                f"{folder}: {len(names)} {problem} tensors ({listed}); do weights and config.json belong together?"
             )
     for name, shape in expected.items():
         if found[name].shape != shape:
@@ -217,17 +222,27 @@ def require_finite(tensors: Iterable[tuple[str, Tensor]], where: str | Path) -> 
     for name, tensor in tensors:
         if tensor.is_floating_point() and tensor.numel() and not _is_finite(tensor):
             raise ValueError(
-                f"{where}: tensor {shown_name(name)} holds values that are not finite; get or make it again"
+                f"{where}: tensor {shown(repr(name))} holds values that are not finite; get or make it again"
             )
+
+
+def require_finite_model(folder: Path, stem: str) -> None:
+    """Refuses a model with values that are not finite, if it is small; a large one is judged as it is loaded.
+
+    Args:
+        folder: the model's.
+        stem: as in `read_model_headers`.
+
+    Raises:
+        ValueError: names the file and the tensor.
+    """
+    headers = read_model_headers(folder, stem)
+    if sum(tensor.size for header in headers.values() for tensor in header.values()) <= READ_AT_LAUNCH:
+        for path in headers:
+            require_finite(read_tensors(path).items(), path)
 
 
 def _is_finite(tensor: Tensor) -> bool:
     # NaN goes through a minimum and a maximum, and both are one pass without memory of their own.
     least, most = (tensor if tensor.itemsize > 1 else tensor.float()).aminmax()
     return bool(torch.isfinite(least) & torch.isfinite(most))
-
-
-def shown_name(name: Any) -> str:
-    """A name out of a file, in quotes and in a length that fits a line."""
-    text = repr(name)
-    return text if len(text) <= 100 else f"{text[:96]}...'"

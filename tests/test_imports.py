@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "options": {"limits"},
     "environment": {"limits"},
     "launch": {"environment", "errors"},
-    "safetensors_files": {"documents"},
+    "safetensors_files": {"documents", "limits"},
     "diffusion": {"config", "pdmd_kernels"},
     "parallel": {"config", "errors", "environment"},
     "distillation": {"config", "pdmd_kernels", "diffusion", "parallel"},

@@ -1,5 +1,7 @@
 """Bad input ends in one line that names the flag or the file, and exit code 2, before a network is built."""
 
+import dataclasses
+import importlib.util
 import json
 import os
 import subprocess
@@ -10,31 +12,52 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import save_file
+from diffusers import AutoencoderKLWan
+from safetensors.torch import load_file, save_file
+from transformers import ByT5Tokenizer, UMT5Config, UMT5EncoderModel
 
 from megatron_pdmd import preflight
 from megatron_pdmd.arguments import to_yaml
 from megatron_pdmd.data.prompts import PromptEmbeddings
+from megatron_pdmd.models import WanConfig
+from megatron_pdmd.models.wan.weights import tensor_shapes
 
 ROOT = Path(__file__).parents[1]
-MODEL = {"in_channels": 1, "out_channels": 1, "num_attention_heads": 4, "ffn_dim": 8, "num_layers": 1}
+MODEL = WanConfig(
+    in_channels=1, out_channels=1, num_attention_heads=4, attention_head_dim=6, text_dim=4, freq_dim=2, ffn_dim=8,
+    num_layers=1, rope_max_seq_len=64,
+)  # fmt: skip
+ENCODER = {
+    "model_type": "umt5", "vocab_size": 5, "d_model": 4, "d_kv": 2, "d_ff": 8, "num_layers": 1, "num_heads": 2,
+    "relative_attention_num_buckets": 4,
+}  # fmt: skip
 
 
-def write_component(folder: Path, name: str, stem: str, config: dict) -> None:
-    (folder / name).mkdir()
-    (folder / name / "config.json").write_text(json.dumps(config))
-    save_file({"weight": torch.zeros(64)}, folder / name / f"{stem}.safetensors")
+def write_model(folder: Path, name: str, config: WanConfig) -> None:
+    (folder / name).mkdir(exist_ok=True)
+    (folder / name / "config.json").write_text(json.dumps(config.to_hf()))
+    tensors = {tensor: torch.zeros(shape) for tensor, shape in tensor_shapes(config).items()}
+    save_file(tensors, folder / name / "diffusion_pytorch_model.safetensors")
+
+
+def write_text_encoder(folder: Path) -> None:
+    config = UMT5Config(**ENCODER, feed_forward_proj="gated-gelu")
+    UMT5EncoderModel(config).save_pretrained(folder / "text_encoder")
+    ByT5Tokenizer(model_max_length=8).save_pretrained(folder / "tokenizer")
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 @pytest.fixture
 def teacher(tmp_path: Path) -> Path:
-    """A pipeline folder that looks whole from outside; its weights are never read here."""
+    """A pipeline folder that looks whole; its weights are never read here."""
     folder = tmp_path / "teacher"
     folder.mkdir()
     for name in ("transformer", "transformer_2"):
-        write_component(folder, name, "diffusion_pytorch_model", MODEL)
-    write_component(folder, "text_encoder", "model", {"model_type": "umt5"})
-    (folder / "tokenizer").mkdir()
+        write_model(folder, name, MODEL)
+    write_text_encoder(folder)
     index = {
         "_class_name": "WanPipeline",
         "boundary_ratio": 0.75,
@@ -136,7 +159,7 @@ def test_folders_that_are_no_whole_pipeline(refusal, teacher):
     weights.write_bytes(whole[:5])
     assert f"{weights}: is truncated" in refusal()
     weights.unlink()
-    assert f"{weights.parent}: no {weights.name}" in refusal()
+    assert f"{weights.parent}: neither {weights.name} nor" in refusal()
     weights.write_bytes(whole)
     config = teacher / "transformer" / "config.json"
     config.write_text("{}")
@@ -155,7 +178,7 @@ def test_prompts_that_cannot_be_used(refusal, tmp_path):
     path.unlink()
     assert f"--prompts {path}: no such file" in refusal()
     (tmp_path / "empty").mkdir()
-    assert f"--prompts {tmp_path / 'empty'}: no readable prompts.json" in refusal("--prompts", str(tmp_path / "empty"))
+    assert f"--prompts {tmp_path / 'empty'}/prompts.json: no such file" in refusal("--prompts", str(tmp_path / "empty"))
 
 
 def test_encoded_prompts_of_another_length_or_negative_prompt(refusal, flags, tmp_path):
@@ -185,6 +208,91 @@ def test_folders_of_other_runs(refusal, flags, tmp_path):
     new = ["--save", str(tmp_path / "new"), "--load"]
     assert f"--load {run}: holds another run: " in refusal(*new, str(run))
     assert f"--load {tmp_path / 'none'}: no run there" in refusal(*new, str(tmp_path / "none"))
+
+
+def test_encoded_prompts_that_are_not_the_teachers(refusal, flags, tmp_path):
+    folder, more = tmp_path / "encoded", ["--prompt-length", "8"]
+    PromptEmbeddings(("a",), (torch.zeros(1, 8, 6),), torch.zeros(8, 6)).save(folder)
+    told = f"{folder}: embeddings are 6 wide, the teacher reads 4"
+    assert f"--prompts {told}" in refusal(*more, "--prompts", str(folder))
+    assert f"--eval-prompts {told}" in refusal(*more, "--eval-prompts", str(folder))
+    PromptEmbeddings(("a",), (torch.zeros(1, 8, 4),), torch.zeros(8, 4)).save(folder)
+    preflight.prepare([*flags, *more, "--prompts", str(folder)])
+    shard = folder / "prompts-00001-of-00001.safetensors"
+    save_file(load_file(shard) | {"embeddings": torch.full((1, 8, 4), float("nan"))}, shard)
+    assert f"--prompts {folder}: tensor 'embeddings of shard 1' holds" in refusal(*more, "--prompts", str(folder))
+
+
+def test_teachers_that_cannot_be_trained(refusal, teacher):
+    write_model(teacher, "transformer_2", dataclasses.replace(MODEL, text_dim=8))
+    assert "text_dim is 4 in one transformer and 8 in the other" in refusal()
+    for name in ("transformer", "transformer_2"):
+        write_model(teacher, name, dataclasses.replace(MODEL, in_channels=3))
+    assert f"--teacher {teacher}: transformer reads 3 channels and writes 1, as image-to-video" in refusal()
+    for name in ("transformer", "transformer_2"):
+        write_model(teacher, name, dataclasses.replace(MODEL, text_dim=8))
+    assert "embeddings are 4 wide, the teacher reads 8; is" in refusal()
+    edit_json(teacher / "transformer" / "config.json", num_layers=1000)
+    assert "config.json says 1000 layers, the weights have 1" in refusal()
+    edit_json(teacher / "transformer" / "config.json", num_layers=1, patch_size=None)
+    assert "transformer/config.json: patch_size None: expected three positive integers" in refusal()
+
+
+def test_small_models_with_values_that_are_not_finite(refusal, teacher):
+    spoilt = {
+        "transformer_2/diffusion_pytorch_model": "proj_out.bias",
+        "transformer/diffusion_pytorch_model": "blocks.0.ffn.net.2.bias",
+        "text_encoder/model": "shared.weight",
+    }
+    for file, tensor in spoilt.items():
+        path = teacher / f"{file}.safetensors"
+        tensors = load_file(path)
+        tensors[tensor].view(-1)[1] = float("nan")
+        save_file(tensors, path)
+        assert f"{path}: tensor '{tensor}' holds values that are not finite" in refusal()
+
+
+def test_samples_beyond_the_positions_that_the_teacher_knows(refusal, flags):
+    assert "--frames 65: the teacher knows positions up to 64" in refusal("--frames", "65")
+    assert "--width 130: the teacher knows positions up to 128" in refusal("--width", "130")
+    preflight.prepare([*flags, "--width", "128"])
+
+
+def test_text_encoders_that_cannot_encode(refusal, teacher, monkeypatch):
+    weights = teacher / "text_encoder" / "model.safetensors"
+    whole = load_file(weights)
+    save_file({name: tensor for name, tensor in whole.items() if "SelfAttention.q" not in name}, weights)
+    assert f"{teacher / 'text_encoder'}: 1 missing tensors" in refusal()
+    save_file(whole, weights)
+    config = teacher / "text_encoder" / "config.json"
+    edit_json(config, num_layers=10**6)
+    assert "config.json says 1000000 layers, the weights have 1" in refusal()
+    edit_json(config, num_layers=1)
+    (teacher / "tokenizer" / "tokenizer_config.json").write_text("{")
+    assert "tokenizer_config.json: is not valid JSON" in refusal()
+    for path in (teacher / "tokenizer").iterdir():
+        path.unlink()
+    assert f"{teacher / 'tokenizer'}: is empty" in refusal()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "encoding prompts needs transformers: run `pip install transformers`" in refusal()
+
+
+@pytest.mark.parametrize("flag", ["--teacher", "--prompts", "--save", "--load", "--eval-prompts", "--task-folder"])
+def test_paths_that_no_disk_takes(refusal, flag):
+    for path in ("x" * 256, "a/" + "é" * 128, "/".join(["x" * 200] * 30), "a\0b", ""):
+        assert f"{flag}: expected a path, got '" in refusal(flag, path)
+
+
+def test_a_vae_that_could_not_decode_the_samples(refusal, teacher, flags):
+    edit_json(teacher / "model_index.json", vae=["diffusers", "AutoencoderKLWan"])
+    vae = AutoencoderKLWan(
+        base_dim=4, z_dim=2, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.0] * 2, latents_std=[1.0] * 2
+    )
+    vae.save_pretrained(teacher / "vae")
+    assert f"--teacher {teacher}: its VAE decodes 2 channels, its transformers write 1" in refusal()
+    preflight.prepare([*flags, "--sample-prompts", "0"])
+    edit_json(teacher / "vae" / "config.json", num_res_blocks=10**6)
+    assert "vae/config.json: num_res_blocks is 1000000, more than the weights have" in refusal()
 
 
 @pytest.mark.parametrize(

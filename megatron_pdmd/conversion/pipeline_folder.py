@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_pdmd.documents import read_json_object
+from megatron_pdmd.limits import shown
 from megatron_pdmd.models.loading import read_model_folder
 from megatron_pdmd.models.wan.config import WanConfig
-from megatron_pdmd.safetensors_files import DIFFUSERS_STEM, TRANSFORMERS_STEM, read_model_header, shown_name
+from megatron_pdmd.safetensors_files import DIFFUSERS_STEM, TRANSFORMERS_STEM, read_model_header
 
 HIGH_NOISE, LOW_NOISE, SINGLE = "high_noise", "low_noise", "single"
 TRANSFORMERS = ("transformer", "transformer_2")  # in the order in which sampling uses them
@@ -82,7 +83,7 @@ def read_pipeline(folder: Path) -> PipelineFolder:
     pipeline_class = index.get("_class_name")
     if not _is_name(pipeline_class):
         raise ValueError(
-            f"{index_path}: _class_name is {shown_name(pipeline_class)}; name a pipeline such as WanPipeline"
+            f"{index_path}: _class_name is {shown(repr(pipeline_class))}; name a pipeline such as WanPipeline"
         )
     classes = {name: entry for name, entry in _components(index_path, index).items() if _is_present(folder, name)}
     for name in classes:
@@ -115,10 +116,10 @@ def _components(index_path: Path, index: Mapping[str, Any]) -> dict[str, str]:
         if len(entry) != 2 or entry[0] not in _LIBRARIES or not _is_name(entry[1]):
             libraries = " and ".join(_LIBRARIES)
             raise ValueError(
-                f"{index_path}: {shown_name(name)} is {shown_name(entry)}; only {libraries} classes are read"
+                f"{index_path}: {shown(repr(name))} is {shown(repr(entry))}; only {libraries} classes are read"
             )
         if not _is_name(name):
-            raise ValueError(f"{index_path}: {shown_name(name)} is not a component's name; do not use this folder")
+            raise ValueError(f"{index_path}: {shown(repr(name))} is not a component's name; do not use this folder")
         components[name] = entry[1]
     return components
 
@@ -138,11 +139,11 @@ def _experts(
     boundary = index.get("boundary_ratio")
     if second not in classes:
         if boundary is not None:
-            raise ValueError(f"{index_path}: has boundary_ratio {shown_name(boundary)} but no {second}")
+            raise ValueError(f"{index_path}: has boundary_ratio {shown(repr(boundary))} but no {second}")
         return {SINGLE: first}, None
     if isinstance(boundary, bool) or not isinstance(boundary, int | float) or not 0 < boundary < 1:
         raise ValueError(
-            f"{index_path}: boundary_ratio is {shown_name(boundary)}; with two transformers it must lie in (0, 1)"
+            f"{index_path}: boundary_ratio is {shown(repr(boundary))}; with two transformers it must lie in (0, 1)"
         )
     return {HIGH_NOISE: first, LOW_NOISE: second}, float(boundary)
 
@@ -168,12 +169,12 @@ def _shift(folder: Path, classes: Mapping[str, str]) -> float | None:
     config = read_json_object(path)
     dynamic = config.get("use_dynamic_shifting")
     if dynamic not in (None, False, True):
-        raise ValueError(f"{path}: use_dynamic_shifting is {shown_name(dynamic)}; it must be true or false")
+        raise ValueError(f"{path}: use_dynamic_shifting is {shown(repr(dynamic))}; it must be true or false")
     if dynamic:
         return None
     shift = config.get("flow_shift", config.get("shift", 1.0))
     if isinstance(shift, bool) or not isinstance(shift, int | float) or not 0 < shift <= _LARGEST_SHIFT:
         raise ValueError(
-            f"{path}: the shift is {shown_name(shift)}; it must be a number greater than 0, at most {_LARGEST_SHIFT:g}"
+            f"{path}: the shift is {shown(repr(shift))}; it must be a number greater than 0, at most {_LARGEST_SHIFT:g}"
         )
     return float(shift)

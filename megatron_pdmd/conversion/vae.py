@@ -9,23 +9,27 @@ import torch
 
 from megatron_pdmd.conversion.pipeline_folder import PipelineFolder
 from megatron_pdmd.documents import read_json_object
+from megatron_pdmd.limits import shown
 from megatron_pdmd.safetensors_files import (
     DIFFUSERS_STEM,
     StoredTensor,
     read_model_header,
     require_finite,
     require_tensors,
-    shown_name,
 )
 
 _CLASS = "AutoencoderKLWan"
+_CHANNELS = 16  # where its config.json does not say
 
 
-def check_vae(folder: PipelineFolder) -> None:
+def check_vae(folder: PipelineFolder) -> int:
     """Refuses, before anything is allocated, a VAE that could not decode.
 
     Args:
         folder: a pipeline with a VAE.
+
+    Returns:
+        Channels of its latents.
 
     Raises:
         ValueError: diffusers is missing, it is another VAE, or its config.json is not that of its weights.
@@ -44,13 +48,14 @@ def check_vae(folder: PipelineFolder) -> None:
         for name in ("latents_mean", "latents_std"):
             values = config.get(name, [])
             if not isinstance(values, list) or not all(type(value) in (int, float) for value in values):
-                raise ValueError(f"{name} is {shown_name(values)}; expected numbers")
+                raise ValueError(f"{name} is {shown(repr(values))}; expected numbers")
             if values and len(values) != config.get("z_dim", len(values)):
-                raise ValueError(f"{name} has {len(values)} numbers for z_dim {shown_name(config['z_dim'])}")
+                raise ValueError(f"{name} has {len(values)} numbers for z_dim {shown(repr(config['z_dim']))}")
         if min(config.get("latents_std") or [1]) <= 0:
-            raise ValueError(f"latents_std is {shown_name(config['latents_std'])}; expected numbers greater than 0")
+            raise ValueError(f"latents_std is {shown(repr(config['latents_std']))}; expected numbers greater than 0")
     except ValueError as error:
         raise ValueError(f"{path / 'config.json'}: {error}") from None
+    return config.get("z_dim", _CHANNELS)
 
 
 def _check_sizes(config: Mapping[str, Any], header: Mapping[str, StoredTensor]) -> None:
@@ -63,10 +68,10 @@ def _check_sizes(config: Mapping[str, Any], header: Mapping[str, StoredTensor]) 
     for name, value in config.items():
         values = value if isinstance(value, list) else [value]
         if len(values) > len(header) or any(isinstance(one, int) and abs(one) > widest for one in values):
-            raise ValueError(f"{name} is {shown_name(value)}, more than the weights have; do they belong together?")
+            raise ValueError(f"{name} is {shown(repr(value))}, more than the weights have; do they belong together?")
     factors = config.get("dim_mult", [1])
     if not isinstance(factors, list) or not factors or not all(type(factor) is int for factor in factors):
-        raise ValueError(f"dim_mult is {shown_name(factors)}; expected integers")
+        raise ValueError(f"dim_mult is {shown(repr(factors))}; expected integers")
     width = widest // max(1, *factors)
     for name, limit in {
         "base_dim": width,

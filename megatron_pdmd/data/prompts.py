@@ -13,13 +13,12 @@ from safetensors.torch import save_file
 from megatron_pdmd.data.text_encoder import TextEncoder
 from megatron_pdmd.documents import read_json_object
 from megatron_pdmd.files import replaced_whole, write_json
-from megatron_pdmd.safetensors_files import read_tensors, require_finite
+from megatron_pdmd.safetensors_files import READ_AT_LAUNCH, read_tensors, require_finite
 
 _INDEX = "prompts.json"
 _FORMAT = "megatron-pdmd-prompts"
 _SHARD = re.compile(r"prompts-(\d{5})-of-(\d{5})\.safetensors")
 _LARGEST_TEXT = 2**30  # bytes
-_READ_BY_EACH = 2**30  # bytes of embeddings whose values every reader judges
 ENCODING_BATCH = 8
 
 
@@ -169,7 +168,7 @@ class PromptEmbeddings:
             raise ValueError(
                 f"{flag} {folder}: {_INDEX} says another max_length than {loaded.max_length}; encode again"
             )
-        if sum(shard.nbytes for shard in shards) <= _READ_BY_EACH:
+        if sum(shard.nbytes for shard in shards) <= READ_AT_LAUNCH:
             loaded.require_finite(f"{flag} {folder}")
         return loaded
 

@@ -21,6 +21,7 @@ from megatron_pdmd.data.text_encoder import TextEncoder, clean_prompt
 from megatron_pdmd.data.umt5 import read_umt5_config
 from megatron_pdmd.errors import require_space
 from megatron_pdmd.parallel.agreement import together
+from megatron_pdmd.parallel.patience import patient_group
 from megatron_pdmd.parallel.topology import Topology
 from megatron_pdmd.safetensors_files import TRANSFORMERS_STEM, read_model_header
 
@@ -87,7 +88,7 @@ def _encode(
 ) -> None:
     """Writes the embeddings on rank 0; the other ranks wait, shard by shard, so that none waits for too long."""
     steps: Iterator[int] = iter(())
-    with together():
+    with together(patient_group()):
         if topology.rank == 0:
             where = f"{text_encoder} on {topology.device.type}"
             print(f"encoding {len(prompts)} prompts, once, with {where}, into {folder}", flush=True)
@@ -106,7 +107,7 @@ def _encode(
             del encoder  # the shards alone keep it
     told = time.monotonic()
     for _ in range(0, len(prompts) + _SHARD_SIZE, _SHARD_SIZE):  # one more than there are shards: the folder's end
-        with together():
+        with together(patient_group()):
             done = next(steps, 0)
             if done and time.monotonic() > told + _SECONDS_BETWEEN_LINES:
                 told = time.monotonic()
@@ -126,7 +127,7 @@ def _first_rank_says(answer: bool, topology: Topology) -> bool:
     """Rank 0's answer, on all ranks. The others do not look: what is not there yet, a network's disk would remember."""
     said = [answer]
     if topology.world_size > 1:
-        dist.broadcast_object_list(said, src=0)
+        dist.broadcast_object_list(said, src=0, group=patient_group())
     return said[0]
 
 

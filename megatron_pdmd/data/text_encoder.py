@@ -11,9 +11,11 @@ from typing import Any
 import torch
 
 from megatron_pdmd.data.umt5 import read_umt5_config
+from megatron_pdmd.documents import read_json_object
 from megatron_pdmd.safetensors_files import require_finite
 
 MAX_TOKENS = 512  # what Wan's text input is padded to
+_MISSING = "encoding prompts needs transformers: run `pip install transformers`, or pass a folder of encoded prompts"
 LONGEST_PROMPT = 8192  # tokens; attention takes the square of them
 
 
@@ -48,8 +50,8 @@ class TextEncoder:
             ValueError: transformers is missing, or the folder lacks a part or a tensor, has a broken one, another
                 encoder, or weights that are not finite.
         """
-        if max_length is not None and not 1 <= max_length <= LONGEST_PROMPT:
-            raise ValueError(f"prompts of {max_length} tokens: choose a length from 1 to {LONGEST_PROMPT}")
+        if max_length is not None:
+            _check_length(max_length)
         transformers = _transformers()
         transformers.utils.logging.disable_progress_bar()
         transformers.utils.logging.set_verbosity_error()
@@ -121,6 +123,36 @@ class TextEncoder:
         )
 
 
+def check_text_encoder(folder: Path, max_length: int) -> int:
+    """Refuses, before anything is loaded, an encoder that could not encode.
+
+    Args:
+        folder: a pipeline folder.
+        max_length: tokens of a prompt.
+
+    Returns:
+        Width D of the embeddings.
+
+    Raises:
+        ValueError: transformers is missing, a part of the folder is missing or damaged, or the prompts are too long.
+    """
+    if importlib.util.find_spec("transformers") is None:
+        raise ValueError(_MISSING)
+    _check_length(max_length)
+    tokenizer = folder / "tokenizer"
+    config = read_umt5_config(folder)
+    if not any(tokenizer.iterdir()):
+        raise ValueError(f"{tokenizer}: is empty; is the download complete?")
+    if (tokenizer / "tokenizer_config.json").exists():
+        read_json_object(tokenizer / "tokenizer_config.json")
+    return config["d_model"]
+
+
+def _check_length(max_length: int) -> None:
+    if not 1 <= max_length <= LONGEST_PROMPT:
+        raise ValueError(f"prompts of {max_length} tokens: choose a length from 1 to {LONGEST_PROMPT}")
+
+
 def encode_prompts(
     folder: Path,
     prompts: Sequence[str],
@@ -146,9 +178,7 @@ def _transformers() -> ModuleType:
     try:
         return importlib.import_module("transformers")
     except ModuleNotFoundError:
-        raise ValueError(
-            "encoding prompts needs transformers: run `pip install transformers`, or pass a folder of encoded prompts"
-        ) from None
+        raise ValueError(_MISSING) from None
 
 
 def _in_one_line(error: Exception) -> str:

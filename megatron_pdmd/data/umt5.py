@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_pdmd.documents import read_json_object
-from megatron_pdmd.safetensors_files import TRANSFORMERS_STEM, read_model_header, require_tensors, shown_name
+from megatron_pdmd.limits import shown
+from megatron_pdmd.safetensors_files import TRANSFORMERS_STEM, read_model_header, require_tensors
 
 _SIZES = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads", "relative_attention_num_buckets")
 _LARGEST_NUMBER = 1_000_000  # transformers makes lists of some; the longest known, the vocabulary, has 256384
@@ -28,15 +29,15 @@ def read_umt5_config(folder: Path) -> dict[str, Any]:
     path = folder / "text_encoder" / "config.json"
     config = read_json_object(path)
     if config.get("model_type") != "umt5":
-        kind = shown_name(config.get("model_type"))
+        kind = shown(repr(config.get("model_type")))
         raise ValueError(f"{path}: describes a model of type {kind}; Wan's text encoder is 'umt5'")
     for name in _SIZES:
         value = config.get(name)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{path}: {name} is {shown_name(value)}; expected a positive integer")
+            raise ValueError(f"{path}: {name} is {shown(repr(value))}; expected a positive integer")
     for name, value in config.items():
         if isinstance(value, int | float) and abs(value) > _LARGEST_NUMBER:
-            raise ValueError(f"{path}: {name} is {shown_name(value)}; no text encoder has such a number")
+            raise ValueError(f"{path}: {name} is {shown(repr(value))}; no text encoder has such a number")
     _check_tensors(folder / "text_encoder", config)
     return config
 

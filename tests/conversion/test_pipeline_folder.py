@@ -82,7 +82,7 @@ WEIGHTS = "transformer_2/diffusion_pytorch_model.safetensors"
         (_edit("model_index.json", transformer=["null", "null"]), "'transformer' is [[]'null', 'null'[]]; only"),
         (_edit("model_index.json", transformer=["diffusers", None]), "only diffusers and transformers classes"),
         (_edit("model_index.json", **{"..": ["diffusers", "A"]}), "'..' is not a component's name"),
-        (_edit("model_index.json", **{"x" * 300: ["diffusers", "A"]}), "x...' is not a component's name"),
+        (_edit("model_index.json", **{"x" * 300: ["diffusers", "A"]}), "x... is not a component's name"),
         (_edit("model_index.json", _class_name=3), "_class_name is 3"),
         (_edit("scheduler/scheduler_config.json", shift=-1), "the shift is -1"),
         (_edit("scheduler/scheduler_config.json", shift=True), "the shift is True"),

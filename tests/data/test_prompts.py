@@ -128,7 +128,7 @@ def test_damaged_folders_are_refused(tmp_path: Path, embeddings: PromptEmbedding
 def test_ranks_judge_the_values_of_a_large_set_in_turn(tmp_path: Path, embeddings, monkeypatch) -> None:
     embeddings.save(tmp_path, shard_size=3)
     _shard_with(embeddings=torch.full((3, 5, 3), torch.nan).bfloat16())(tmp_path)
-    monkeypatch.setattr(prompts_module, "_READ_BY_EACH", 100)
+    monkeypatch.setattr(prompts_module, "READ_AT_LAUNCH", 100)
     large = PromptEmbeddings.load(tmp_path)
     large.require_finite("here", part=1, parts=2)
     with pytest.raises(ValueError, match="here: tensor 'embeddings of shard 2' holds values that are not finite"):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_pdmd.documents import read_json_object
+from megatron_pdmd.limits import shown
 
 _CLASS_NAME = "WanTransformer3DModel"
 # The names of Wan's own config.json, where they differ.
@@ -60,7 +61,9 @@ class WanConfig:
     def __post_init__(self) -> None:
         patch = self.patch_size
         if not isinstance(patch, tuple) or len(patch) != 3 or not all(_is_count(size, 1000) for size in patch):
-            raise ValueError(f"patch_size {_shown(patch)}: expected three positive integers (frames, rows, columns)")
+            raise ValueError(
+                f"patch_size {shown(repr(patch))}: expected three positive integers (frames, rows, columns)"
+            )
         for name in ("num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "text_dim"):
             self._require_count(name)
         for name in ("freq_dim", "ffn_dim", "num_layers", "rope_max_seq_len", "hidden_size"):
@@ -69,16 +72,16 @@ class WanConfig:
             if getattr(self, name) % 2:
                 raise ValueError(f"{name} {getattr(self, name)}: expected an even number")
         if self.qk_norm != "rms_norm_across_heads":
-            raise ValueError(f"qk_norm {_shown(self.qk_norm)}: only 'rms_norm_across_heads' is supported")
+            raise ValueError(f"qk_norm {shown(repr(self.qk_norm))}: only 'rms_norm_across_heads' is supported")
         if not isinstance(self.cross_attn_norm, bool):
-            raise ValueError(f"cross_attn_norm {_shown(self.cross_attn_norm)}: expected true or false")
+            raise ValueError(f"cross_attn_norm {shown(repr(self.cross_attn_norm))}: expected true or false")
         if isinstance(self.eps, bool) or not isinstance(self.eps, int | float) or not 0 < self.eps < 1:
-            raise ValueError(f"eps {_shown(self.eps)}: expected a number between 0 and 1")
+            raise ValueError(f"eps {shown(repr(self.eps))}: expected a number between 0 and 1")
         for name in ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len"):
             if getattr(self, name) is not None:
                 raise ValueError(
-                    f"{name} {_shown(getattr(self, name))}: image embeddings (Wan2.1 image-to-video) are not supported;"
-                    " use a text-to-video or a Wan2.2 model"
+                    f"{name} {shown(repr(getattr(self, name)))}: image embeddings (Wan2.1 image-to-video) are not"
+                    " supported; use a text-to-video or a Wan2.2 model"
                 )
 
     @property
@@ -109,7 +112,7 @@ class WanConfig:
         class_name = config.get("_class_name", _CLASS_NAME)
         if class_name not in (_CLASS_NAME, "WanModel"):
             raise ValueError(
-                f"config: _class_name {_shown(class_name)} is not a Wan transformer; expected {_CLASS_NAME}"
+                f"config: _class_name {shown(repr(class_name))} is not a Wan transformer; expected {_CLASS_NAME}"
             )
         known = {field.name for field in fields(cls)}
         values = {name: value for name, value in config.items() if not name.startswith("_")}
@@ -117,7 +120,7 @@ class WanConfig:
             values = _from_original(values)
         unknown = sorted(name for name, value in values.items() if name not in known and value is not None)
         if unknown:
-            named = ", ".join(_shown(name) for name in unknown[:5])
+            named = ", ".join(shown(repr(name)) for name in unknown[:5])
             raise ValueError(f"config: unknown entries {named}; is this a Wan transformer's config?")
         missing = [field.name for field in fields(cls) if field.default is MISSING and field.name not in values]
         if missing:
@@ -136,19 +139,13 @@ class WanConfig:
     def _require_count(self, name: str) -> None:
         value, largest = getattr(self, name), _LARGEST.get(name, _LARGEST_COUNT)
         if not _is_count(value):
-            raise ValueError(f"{name} {_shown(value)}: expected a positive integer")
+            raise ValueError(f"{name} {shown(repr(value))}: expected a positive integer")
         if value > largest:
-            raise ValueError(f"{name} {_shown(value)}: no Wan model has more than {largest}; is this its config?")
+            raise ValueError(f"{name} {shown(repr(value))}: no Wan model has more than {largest}; is this its config?")
 
 
 def _is_count(value: Any, largest: float = math.inf) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= largest
-
-
-def _shown(value: Any) -> str:
-    """A value out of a file, in a length that fits a line."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _from_original(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -156,7 +153,9 @@ def _from_original(config: Mapping[str, Any]) -> dict[str, Any]:
     values = {_ORIGINAL_NAMES.get(name, name): value for name, value in config.items() if name not in _ORIGINAL_EXTRA}
     heads = values.get("num_attention_heads")
     if not _is_count(heads) or not _is_count(config["dim"]) or config["dim"] % heads:
-        raise ValueError(f"config: dim {_shown(config['dim'])} is not a multiple of num_heads {_shown(heads)}")
+        raise ValueError(
+            f"config: dim {shown(repr(config['dim']))} is not a multiple of num_heads {shown(repr(heads))}"
+        )
     if config.get("model_type") == "i2v" and values.get("in_channels") == 36 and "image_dim" in values:
         raise ValueError("config: model_type i2v with image embeddings (Wan2.1) is not supported; use a Wan2.2 model")
     return {**values, "attention_head_dim": config["dim"] // heads}
