@@ -87,10 +87,7 @@ def check_writable(folder: Path, flag: str) -> None:
     Raises:
         ValueError: no permission, a file on the way, or a name that the disk does not take.
     """
-    if "\0" in str(folder):
-        raise ValueError(f"{flag} {str(folder)!r}: has a null byte, which no name can have; name another folder")
-    if len(folder.name.encode(errors="surrogateescape")) > LONGEST_NAME:
-        raise ValueError(f"{flag} {folder.name[:40]}...: the name has more than {LONGEST_NAME} bytes; choose a shorter")
+    _check_name(folder, flag)
     try:
         above = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     except OSError as error:
@@ -112,9 +109,10 @@ def check_file_destination(path: Path, flag: str, endings: Collection[str] = ())
     Raises:
         ValueError: a folder, another ending, or a place where nothing can be written.
     """
+    _check_name(path, flag)
+    check_writable(path.absolute().parent, flag)
     if path.is_dir():
         raise ValueError(f"{flag} {path}: is a folder; name a file")
-    check_writable(path.absolute().parent if path.exists() else path, flag)
     if endings and path.suffix.lower() not in endings:
         raise ValueError(f"{flag} {path}: name a file that ends in {' or '.join(endings)}")
 
@@ -186,6 +184,13 @@ def replaced_whole(folder: Path, flag: str, is_ours: Callable[[Path], bool]) -> 
     except BaseException:
         drop_folder(folder)
         raise
+
+
+def _check_name(path: Path, flag: str) -> None:
+    if "\0" in str(path):
+        raise ValueError(f"{flag} {str(path)!r}: has a null byte, which no name can have; choose another")
+    if len(path.name.encode(errors="surrogateescape")) > LONGEST_NAME:
+        raise ValueError(f"{flag} {path.name[:40]}...: the name has more than {LONGEST_NAME} bytes; choose a shorter")
 
 
 def unfinished(folder: Path) -> Path:

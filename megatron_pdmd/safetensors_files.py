@@ -220,7 +220,7 @@ def require_finite(tensors: Iterable[tuple[str, Tensor]], where: str | Path) -> 
         ValueError: names the first tensor that holds such a value.
     """
     for name, tensor in tensors:
-        if tensor.is_floating_point() and tensor.numel() and not _is_finite(tensor):
+        if tensor.is_floating_point() and tensor.numel() and not is_finite(tensor):
             raise ValueError(
                 f"{where}: tensor {shown(repr(name))} holds values that are not finite; get or make it again"
             )
@@ -242,7 +242,8 @@ def require_finite_model(folder: Path, stem: str) -> None:
             require_finite(read_tensors(path).items(), path)
 
 
-def _is_finite(tensor: Tensor) -> bool:
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor of floating-point numbers, at least one, holds neither NaN nor infinity."""
     # NaN goes through a minimum and a maximum, and both are one pass without memory of their own.
     least, most = (tensor if tensor.itemsize > 1 else tensor.float()).aminmax()
     return bool(torch.isfinite(least) & torch.isfinite(most))

@@ -77,6 +77,11 @@ def test_every_figure_is_written_by_the_program(runs, load_tool, tmp_path, capsy
         ("evaluations", lambda run: (run / "evaluations.jsonl").unlink(), "trained with --eval-interval"),
         ("sheets", lambda run: [path.unlink() for path in (run / "samples").iterdir()], "--sample-prompts above 0"),
         ("score-gap", lambda run: (run / "metrics.jsonl").write_text(""), "no logged iteration yet"),
+        ("score-gap", lambda run: (run / "metrics.jsonl").write_bytes(b"\xff\xfe\n"), "is not UTF-8"),
+        ("score-gap", lambda run: (run / "metrics.jsonl").write_text("{}\n"), "line 1: its iteration"),
+        ("evaluations", lambda run: (run / "evaluations.jsonl").write_text("[1]\n"), "line 1: is not a JSON object"),
+        ("sheets", lambda run: (run / "samples" / "iter_0000012.png").write_bytes(b"PNG"), "is no readable PNG"),
+        ("sheets", lambda run: (run / "samples" / "iter_0000013.png").mkdir(), "is no readable PNG"),
     ],
 )
 def test_what_a_run_lacks_is_told_in_one_line(figure, spoil, told, runs, load_tool, tmp_path, capsys):
@@ -86,3 +91,26 @@ def test_what_a_run_lacks_is_told_in_one_line(figure, spoil, told, runs, load_to
         load_tool("plot_log").main(arguments)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and told in error and error.count("\n") == 1
+
+
+def test_values_that_are_no_numbers_leave_gaps(runs, load_tool, tmp_path, capsys):
+    odd = ('"1"', "[1]", "{}", "true", "1e308", "1" * 400, "null")
+    for file in ("metrics.jsonl", "evaluations.jsonl"):
+        keys = ("score_gap_bin_1", "sample_distance", "eval_fake_loss", "fake_loss_floor")
+        lines = (", ".join(f'"{key}": {value}' for key in keys) for value in odd)
+        with (runs["healthy"] / file).open("a") as log:
+            log.writelines(f'{{"iteration": {20 + i}, "phase": 2, {line}}}\n' for i, line in enumerate(lines))
+    for figure in ("evaluations", "score-gap"):
+        arguments = ["--figure", figure, "--runs", str(runs["healthy"]), "--save", str(tmp_path / "x.png")]
+        load_tool("plot_log").main(arguments)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("save", ["x.xyz", "", "prompts/../x", "n" * 300 + ".png"])
+def test_a_picture_that_cannot_be_written_is_refused(save, runs, load_tool, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        load_tool("plot_log").main(
+            ["--figure", "sheets", "--runs", str(runs["healthy"]), "--save", str(tmp_path / save)]
+        )
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "--save" in error and error.count("\n") == 1

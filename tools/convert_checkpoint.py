@@ -24,7 +24,6 @@ from megatron_pdmd.diffusion.noise_schedule import FlowMatchingSchedule
 from megatron_pdmd.diffusion.phases import Phase, PhasePlan, deployment_boundary
 from megatron_pdmd.diffusion.sampler import sample
 from megatron_pdmd.distillation.randomness import Counter, Purpose
-from megatron_pdmd.documents import read_json_object
 from megatron_pdmd.errors import parse_options, user_errors
 from megatron_pdmd.files import check_destination
 from megatron_pdmd.models import from_hf
@@ -162,8 +161,7 @@ def check_options(options: ConvertOptions, config: Config, source: PipelineFolde
     if options.weights == "merged" or options.verify:
         deployment_boundary(plan)
     if options.verify:
-        path = source.path / source.experts[plan.phases[0].expert] / "config.json"
-        model = WanConfig.from_hf(read_json_object(path))
+        model = WanConfig.read(source.path / source.experts[plan.phases[0].expert] / "config.json")
         if model.in_channels != model.out_channels:
             raise ValueError("--verify: the teacher takes an image, and only text-to-video pipelines can be compared")
 

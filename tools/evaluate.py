@@ -8,19 +8,20 @@ as many real clips, drawn from handwriting that no training saw; the table's `re
 Frechet distance is the noise floor at this number of samples.
 """
 
-import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
-from megatron_pdmd.errors import parse_options
+from megatron_pdmd.errors import parse_options, user_errors
 from megatron_pdmd.evaluation.clip_classifier import load_classifier
 from megatron_pdmd.evaluation.heldout_digits import load_heldout_digits
 from megatron_pdmd.evaluation.moving_digits_report import clip_features, evaluate_clips, real_clips
+from megatron_pdmd.evaluation.run_files import all_finite
 from megatron_pdmd.evaluation.run_report import evaluation_table
 from megatron_pdmd.evaluation.samples import load_samples
+from megatron_pdmd.files import check_file_destination, write_json
+from megatron_pdmd.limits import check_range
 
 TINY_WAN = Path(__file__).resolve().parents[1] / "examples" / "tiny_wan"
 
@@ -45,7 +46,7 @@ class EvaluateOptions:
     """Draws the real clips."""
 
 
-def evaluate(options: EvaluateOptions) -> dict[str, dict[str, float]]:
+def evaluate(options: EvaluateOptions) -> dict[str, dict[str, float | None]]:
     """The metrics of `samples`, and of the `reference` or `real` clips they are compared with.
 
     Raises:
@@ -65,26 +66,22 @@ def evaluate(options: EvaluateOptions) -> dict[str, dict[str, float]]:
     return {"samples": evaluate_clips(clips, prompts, classifier, against), **other}
 
 
-def write_json(path: Path, content: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 for bad input."""
-    try:
+def main(arguments: list[str] | None = None) -> None:
+    with user_errors():
         options = parse_options(EvaluateOptions, __doc__, arguments)
+        check_range("--seed", options.seed, -(2**63), 2**63 - 2)
+        for flag, path in (("--save", options.save), ("--json", options.json)):
+            if path is not None:
+                check_file_destination(path, flag)
         table = evaluate(options)
+        if not all_finite(table):
+            raise ValueError(f"{options.samples}: a metric is not finite; are --classifier and samples what they were?")
         others = {name: values for name, values in table.items() if name != "samples"}
         write_json(options.save, {**table["samples"], **others})
         if options.json is not None:
             write_json(options.json, table)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    Console().print(evaluation_table(table, title=str(options.samples)))
-    return 0
+        Console().print(evaluation_table(table, title=str(options.samples)))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

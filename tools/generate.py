@@ -29,6 +29,7 @@ from megatron_pdmd.conversion.inference import (
     expert_subfolder,
     load_expert,
     plan_sampling,
+    read_lora_of,
     sample_stage,
 )
 from megatron_pdmd.conversion.inference_checks import (
@@ -44,9 +45,9 @@ from megatron_pdmd.conversion.inference_checks import (
 from megatron_pdmd.conversion.lora_folder import LoraFolder, read_lora_folder
 from megatron_pdmd.conversion.pipeline_folder import PipelineFolder, read_pipeline
 from megatron_pdmd.conversion.vae import decode_latents
-from megatron_pdmd.data.prompts import PromptEmbeddings, load_prompts
+from megatron_pdmd.data.prompts import PromptEmbeddings, load_prompts, read_prompts
+from megatron_pdmd.data.umt5 import read_umt5_config
 from megatron_pdmd.distillation.randomness import Counter, Purpose
-from megatron_pdmd.documents import read_json_object
 from megatron_pdmd.errors import parse_options, require_space, user_errors
 from megatron_pdmd.evaluation.samples import LATENTS_FILE, PROMPTS_FILE
 from megatron_pdmd.evaluation.sheets import mp4_available, save_animation, save_contact_sheet
@@ -187,8 +188,11 @@ def prepare(options: GenerateOptions) -> Request:
     size = latent_size(options, exported)
     for config in configs:
         check_latent_size(config, size)
-    weights = max(count_weights(folder, subfolder) for subfolder in used)
+    weights = max(map(count_weights, configs))
     large = weights >= LARGE_MODEL
+    if lora:
+        for stage in plan.stages:
+            read_lora_of(folder, stage.expert, lora)
     dtype = torch.bfloat16 if options.dtype == "bfloat16" or (large and options.dtype == "auto") else torch.float32
     check_memory(weights * dtype.itemsize, device, f"{folder.path}: a transformer in {dtype}", "use a larger device")
     return Request(
@@ -219,9 +223,9 @@ def read_embeddings(options: GenerateOptions, request: Request) -> PromptEmbeddi
         ValueError: they cannot be read, or are of another width than the model's.
     """
     encoder = options.text_encoder or request.folder.path
-    config = encoder / "text_encoder" / "config.json"
-    if not options.prompts.is_dir() and config.is_file():
-        check_text_width(read_json_object(config).get("d_model"), request.text_dim, config)
+    if not options.prompts.is_dir():
+        read_prompts(options.prompts)
+        check_text_width(read_umt5_config(encoder)["d_model"], request.text_dim, encoder)
         print(f"encoding {options.prompts} with the text encoder of {encoder}", flush=True)
     with memory_told("encode the prompts elsewhere with tools/encode_prompts.py"):
         prompts = load_prompts(
@@ -232,6 +236,7 @@ def read_embeddings(options: GenerateOptions, request: Request) -> PromptEmbeddi
             dtype=request.dtype,
         )
     check_text_width(prompts.negative.shape[-1], request.text_dim, options.prompts)
+    prompts.require_finite(f"--prompts {options.prompts}")
     return prompts
 
 
@@ -241,7 +246,7 @@ def sample_all(request: Request, prompts: PromptEmbeddings, owners: list[int], s
     counter = Counter(seed=seed, phase=0, iteration=0, update=0)
     latents = torch.empty(len(owners), *shape)
     stages = request.plan.stages
-    with Progress(console=Console(file=sys.stderr)) as progress:
+    with Progress(console=Console(file=sys.stderr), disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task("samples", total=len(owners))
         for number, stage in enumerate(stages):
             subfolder = expert_subfolder(request.folder, stage.expert, request.lora)

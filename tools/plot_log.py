@@ -11,21 +11,25 @@ from pathlib import Path
 from typing import Literal
 
 import imageio.v3 as iio
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from megatron_pdmd.distillation.step import NOISE_BINS
 from megatron_pdmd.errors import parse_options, user_errors
-from megatron_pdmd.evaluation.run_report import read_metrics, running_mean
+from megatron_pdmd.evaluation.run_files import Row, read_metrics
+from megatron_pdmd.evaluation.run_report import running_mean
+from megatron_pdmd.files import check_file_destination, written_whole
 
-Row = dict[str, float | None]
+LARGEST_SHEET = 2**16  # pixels
+MOST_RUNS = 20
 
 # Title of a panel -> what is drawn of an evaluation, and whether on a logarithmic axis.
 EVALUATION_PANELS: dict[str, tuple[Callable[[Row], float | None], bool]] = {
-    "fake score's loss / floor": (lambda row: _quotient(row["eval_fake_loss"], row["fake_loss_floor"]), True),
-    "sample distance from the teacher": (lambda row: row["sample_distance"], False),
-    "sample change since the last evaluation": (lambda row: row["sample_change"], True),
-    "generator's movement": (lambda row: row["generator_movement"], True),
+    "fake score's loss / floor": (lambda row: _quotient(row.get("eval_fake_loss"), row.get("fake_loss_floor")), True),
+    "sample distance from the teacher": (lambda row: row.get("sample_distance"), False),
+    "sample change since the last evaluation": (lambda row: row.get("sample_change"), True),
+    "generator's movement": (lambda row: row.get("generator_movement"), True),
 }
 
 
@@ -45,9 +49,10 @@ def main(arguments: list[str] | None = None) -> None:
     with user_errors():
         options = parse_options(PlotOptions, __doc__, arguments)
         draw = {"evaluations": evaluation_figure, "score-gap": score_gap_figure, "sheets": sheet_figure}
+        check_file_destination(options.save, "--save", (".png",))
         figure = draw[options.figure](labelled(options.runs))
-        options.save.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(options.save, dpi=90)
+        with written_whole(options.save) as partial:
+            figure.savefig(partial, dpi=90, format="png")
         print(f"wrote {options.save}")
 
 
@@ -55,8 +60,10 @@ def labelled(runs: tuple[str, ...]) -> dict[str, Path]:
     """Label -> folder; a run without a label has its folder's name.
 
     Raises:
-        ValueError: no run, or two of the same label.
+        ValueError: no run, too many, or two of the same label.
     """
+    if len(runs) > MOST_RUNS:
+        raise ValueError(f"--runs: names {len(runs)}; a figure has room for {MOST_RUNS}")
     pairs = [(label or Path(folder).name, Path(folder)) for label, _, folder in (run.rpartition("=") for run in runs)]
     if not pairs or len(dict(pairs)) < len(pairs):
         raise ValueError("--runs: name at least one folder, and give those of the same name labels, label=folder")
@@ -103,7 +110,7 @@ def sheet_figure(runs: Mapping[str, Path]) -> Figure:
         found = sorted((run / "samples").glob("iter_*.png"))
         if not found:
             raise ValueError(f"{run / 'samples'}: no sample sheet; train with --sample-prompts above 0")
-        pictures.append(iio.imread(found[-1]))
+        pictures.append(_read_picture(found[-1]))
     width = max(picture.shape[1] for picture in pictures)
     height = sum(picture.shape[0] for picture in pictures)
     figure = Figure(figsize=(8, 8 * height / width + 0.3 * len(pictures)), layout="constrained")
@@ -113,6 +120,16 @@ def sheet_figure(runs: Mapping[str, Path]) -> Figure:
         panel.set_title(label, fontsize=9, loc="left")
         panel.axis("off")
     return figure
+
+
+def _read_picture(path: Path) -> np.ndarray:
+    try:
+        picture = iio.imread(path, plugin="pillow")
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{path}: is no readable PNG ({' '.join(str(error).split())[:200]}); remove it") from None
+    if picture.ndim not in (2, 3) or max(picture.shape[:2]) > LARGEST_SHEET:
+        raise ValueError(f"{path}: is no sample sheet, but an image {list(picture.shape)}; remove it")
+    return picture
 
 
 def _draw_phases(

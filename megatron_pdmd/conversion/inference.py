@@ -19,7 +19,8 @@ from megatron_pdmd.diffusion.sampler import sample_along
 from megatron_pdmd.distillation.distribution_matching import guided_flow
 from megatron_pdmd.models import from_hf
 from megatron_pdmd.models.lora import merge_low_rank
-from megatron_pdmd.safetensors_files import DIFFUSERS_STEM, read_model_header
+from megatron_pdmd.models.wan.config import WanConfig
+from megatron_pdmd.models.wan.weights import tensor_shapes
 
 TEACHER_STEPS = 40
 Model = Callable[..., torch.Tensor]
@@ -176,12 +177,20 @@ def load_expert(
     """
     if lora is None:
         return from_hf(folder.path, subfolder=folder.experts[name], dtype=dtype, device=device).eval()
-    base = expert_subfolder(folder, name, lora)
-    header = read_model_header(folder.path / base, DIFFUSERS_STEM)
-    matrices = read_lora(lora.path / lora.files[name], {key: tensor.shape for key, tensor in header.items()})
-    model = from_hf(folder.path, subfolder=base, dtype=dtype, device=device).eval()
+    matrices = read_lora_of(folder, name, lora)
+    model = from_hf(folder.path, subfolder=expert_subfolder(folder, name, lora), dtype=dtype, device=device).eval()
     merge_low_rank(model, matrices)
     return model
+
+
+def read_lora_of(folder: PipelineFolder, name: str, lora: LoraFolder) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """An expert's LoRA matrices; see `lora_files.read_lora`.
+
+    Raises:
+        ValueError: the file is damaged, or does not fit the transformer that it belongs to.
+    """
+    config = WanConfig.read(folder.path / expert_subfolder(folder, name, lora) / "config.json")
+    return read_lora(lora.path / lora.files[name], tensor_shapes(config))
 
 
 def expert_subfolder(folder: PipelineFolder, name: str, lora: LoraFolder | None = None) -> str:

@@ -9,33 +9,28 @@ from pathlib import Path
 import torch
 
 from megatron_pdmd.conversion.pipeline_folder import PipelineFolder
-from megatron_pdmd.documents import read_json_object
+from megatron_pdmd.models.loading import read_model_folder
 from megatron_pdmd.models.wan import WanConfig
-from megatron_pdmd.safetensors_files import DIFFUSERS_STEM, read_model_header
+from megatron_pdmd.models.wan.weights import tensor_shapes
 
 LARGE_MODEL = 10**9  # numbers in a network from which on bfloat16 and one sample at a time are the defaults
 
 
 def text_to_video_config(folder: PipelineFolder, subfolder: str) -> WanConfig:
-    """The shape of one of a folder's transformers.
+    """The shape of one of a folder's transformers, whose headers are found to fit it.
 
     Raises:
-        ValueError: it is no Wan model's, or the model takes more than noise and text.
+        ValueError: config and weights are no Wan model's, or the model takes more than noise and text.
     """
-    path = folder.path / subfolder / "config.json"
-    try:
-        config = WanConfig.from_hf(read_json_object(path))
-    except ValueError as error:
-        raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
-    if config.in_channels != config.out_channels:
-        raise ValueError(f"{path}: takes an image besides noise; only text-to-video models are sampled")
-    return config
+    model = read_model_folder(folder.path / subfolder)
+    if model.config.in_channels != model.config.out_channels:
+        raise ValueError(f"{model.path}: takes an image besides noise; only text-to-video models are sampled")
+    return model.config
 
 
-def count_weights(folder: PipelineFolder, subfolder: str) -> int:
-    """Numbers in a transformer's files."""
-    header = read_model_header(folder.path / subfolder, DIFFUSERS_STEM)
-    return sum(math.prod(tensor.shape) for tensor in header.values())
+def count_weights(config: WanConfig) -> int:
+    """Numbers in a transformer."""
+    return sum(math.prod(shape) for shape in tensor_shapes(config).values())
 
 
 def check_latent_size(config: WanConfig, size: tuple[int, int, int]) -> None:

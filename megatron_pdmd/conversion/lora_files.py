@@ -16,11 +16,8 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
-from megatron_pdmd.conversion.weight_files import first_not_finite
-from megatron_pdmd.safetensors_files import read_header
+from megatron_pdmd.safetensors_files import read_tensors, require_finite
 
 LoraFormat = Literal["diffusers", "comfyui", "lightx2v"]
 _DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
@@ -93,13 +90,8 @@ def read_lora(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tu
         ValueError: a file that is damaged or empty, a key that is no module's or lacks its pair, a shape that does not
             fit, or a number that is not finite.
     """
-    read_header(path)
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: cannot be read ({error}); export the LoRA files again") from None
-    if name := first_not_finite(tensors):
-        raise ValueError(f"{path}: tensor '{name}' holds NaN or infinity; export the LoRA files again")
+    tensors = read_tensors(path)
+    require_finite(tensors.items(), path)
     found: dict[str, dict[str, torch.Tensor]] = {}
     modules = _modules_by_key(shapes)
     for key, tensor in tensors.items():

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from megatron_pdmd.files import synchronise, write_json
 from megatron_pdmd.models.lora import WholeTensor
-from megatron_pdmd.safetensors_files import DIFFUSERS_STEM
+from megatron_pdmd.safetensors_files import DIFFUSERS_STEM, is_finite
 
 
 @dataclass(frozen=True)
@@ -63,16 +63,12 @@ def check_exportable(tensors: Mapping[str, torch.Tensor], where: str) -> None:
     Raises:
         ValueError: names the first tensor that holds NaN or infinity.
     """
-    if name := first_not_finite(tensors):
-        raise ValueError(
-            f"{where}: tensor '{name}' holds NaN or infinity, so nothing is exported; "
-            "train on from an earlier checkpoint with a lower learning rate"
-        )
-
-
-def first_not_finite(tensors: Mapping[str, torch.Tensor]) -> str | None:
-    """Name of the first tensor that holds NaN or infinity, if one does."""
-    return next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.numel() and not is_finite(tensor):
+            raise ValueError(
+                f"{where}: tensor '{name}' holds NaN or infinity, so nothing is exported; "
+                "train on from an earlier checkpoint with a lower learning rate"
+            )
 
 
 def plan_files(

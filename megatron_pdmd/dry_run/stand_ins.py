@@ -89,7 +89,7 @@ class StandIns:
             (export, "_require_shared", _nothing),
             (export, "read_pipeline", _nothing),  # other ranks' files are not there
             (weight_files, "save_file", _save_sparse),
-            (weight_files, "first_not_finite", _nothing),
+            (weight_files, "check_exportable", _nothing),
             (SampleSheets, "_write", _nothing),
             (Roles, "run", RepeatedPasses(self._checks.memory).known(Roles.run)),
             (TrainedNetwork, "accumulate", self._inside(self._checks.passes, TrainedNetwork.accumulate)),

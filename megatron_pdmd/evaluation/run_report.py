@@ -3,9 +3,6 @@
 python -m megatron_pdmd.evaluation.run_report runs/quickstart
 """
 
-import json
-import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +11,12 @@ import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from megatron_pdmd.errors import parse_options
+from megatron_pdmd.errors import one_line, parse_options, user_errors
+from megatron_pdmd.evaluation.run_files import Row, number_or_none, read_evaluation, read_metrics
+from megatron_pdmd.files import check_file_destination, written_whole
 
 PANELS = {  # title of a panel -> the logged values drawn in it
     "fake score's loss": ("fake_loss",),
@@ -32,49 +32,7 @@ METRICS = {  # of the moving-digits task, and which values are better
 }
 
 
-def read_metrics(run: Path, name: str = "metrics.jsonl") -> list[dict]:
-    """The logged iterations of a run, or with `evaluations.jsonl` its evaluations, oldest first.
-
-    A last line without its end is left out: a running program has not finished writing it.
-
-    Raises:
-        ValueError: the file is missing or empty, or a line is not a JSON object.
-    """
-    path = run / name
-    if not path.is_file():
-        made = "trained with --eval-interval" if name == "evaluations.jsonl" else "the --save of its training"
-        raise ValueError(f"no {path}; name a run's folder, {made}")
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], start=1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} line {number} is not JSON ({error.msg}); remove the line") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{path} line {number} is not a JSON object; remove the line")
-        rows.append(row)
-    if not rows:
-        raise ValueError(f"{path} has no logged iteration yet; wait for the first, or lower --log-interval")
-    return rows
-
-
-def read_evaluation(run: Path) -> dict[str, dict[str, float]]:
-    """`evaluation` of the run's `summary.json`: the metrics of each set of samples; empty if the run has none (yet).
-
-    Raises:
-        ValueError: `summary.json` is not JSON of that form.
-    """
-    path = run / "summary.json"
-    if not path.is_file():
-        return {}
-    try:
-        evaluation = json.loads(path.read_text(encoding="utf-8")).get("evaluation") or {}
-        return {name: dict(values) for name, values in evaluation.items()}
-    except (AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is not a run's summary ({error}); run the training's last step again") from error
-
-
-def save_loss_curves(rows: list[dict], path: Path) -> None:
+def save_loss_curves(rows: list[Row], path: Path) -> None:
     """Draws a row of panels for each phase, the gradient norms on a logarithmic axis.
 
     Faint lines are the logged values, full ones their running mean; what was not logged or not finite is left out. The
@@ -84,26 +42,24 @@ def save_loss_curves(rows: list[dict], path: Path) -> None:
         rows: from `read_metrics`.
         path: the PNG to write.
     """
-    phases = sorted({row.get("phase", 1) for row in rows})
+    phases = sorted({row["phase"] for row in rows})
     figure = Figure(figsize=(4.2 * len(PANELS), 2.8 * len(phases)), dpi=110, layout="constrained")
     axes = figure.subplots(len(phases), len(PANELS), squeeze=False)
     for phase, line_of_axes in zip(phases, axes, strict=True):
-        logged = [row for row in rows if row.get("phase", 1) == phase]
+        logged = [row for row in rows if row["phase"] == phase]
         for (title, keys), panel in zip(PANELS.items(), line_of_axes, strict=True):
             _draw_panel(panel, logged, keys)
             panel.set_title(f"phase {phase}: {title}", fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    with written_whole(path) as partial:
+        figure.savefig(partial, format="png")
 
 
-def _draw_panel(panel: Axes, rows: list[dict], keys: tuple[str, ...]) -> None:
+def _draw_panel(panel: Axes, rows: list[Row], keys: tuple[str, ...]) -> None:
     panel.set_xlabel("iteration", fontsize=8)
     panel.tick_params(which="both", labelsize=8)
     panel.grid(alpha=0.3)
     for color, key in enumerate(keys):
-        points = [
-            (row["iteration"], row[key]) for row in rows if _finite(row.get(key)) and _finite(row.get("iteration"))
-        ]
+        points = [(row["iteration"], row[key]) for row in rows if row.get(key) is not None]
         if not points:
             continue
         iterations, values = zip(*points, strict=True)
@@ -115,10 +71,6 @@ def _draw_panel(panel: Axes, rows: list[dict], keys: tuple[str, ...]) -> None:
         panel.legend(fontsize=7)
 
 
-def _finite(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
 def running_mean(values: Sequence[float], keep: float = 0.9) -> list[float]:
     """Exponential mean, unbiased at its start."""
     means, total, weight = [], 0.0, 0.0
@@ -128,19 +80,24 @@ def running_mean(values: Sequence[float], keep: float = 0.9) -> list[float]:
     return means
 
 
-def evaluation_table(evaluation: Mapping[str, Mapping[str, float]], title: str = "evaluation") -> Table:
+def evaluation_table(evaluation: Mapping[str, Mapping[str, float | None]], title: str = "evaluation") -> Table:
     """A table with a row for each set of samples and a column for each metric, under which stands what is better."""
     known = [metric for metric in METRICS if any(metric in values for values in evaluation.values())]
     others = dict.fromkeys(m for values in evaluation.values() for m in values if m not in METRICS)
-    table = Table(title=title)
+    table = Table(title=_plain(title))
     table.add_column("samples", no_wrap=True)
     for metric in (*known, *others):
         better = f"\n[dim]{METRICS[metric]}[/dim]" if metric in METRICS else ""
-        table.add_column(metric.replace("_", " ") + better, justify="right")
+        table.add_column(_plain(metric.replace("_", " ")) + better, justify="right")
     for name, values in evaluation.items():
-        numbers = [values.get(metric) for metric in (*known, *others)]
-        table.add_row(name, *(f"{number:.4g}" if _finite(number) else "-" for number in numbers))
+        numbers = [number_or_none(values.get(metric)) for metric in (*known, *others)]
+        table.add_row(_plain(name), *("-" if number is None else f"{number:.4g}" for number in numbers))
     return table
+
+
+def _plain(text: str) -> str:
+    """A text out of a file as a table shows it, whatever is in it."""
+    return escape(one_line(text))
 
 
 def write_run_report(run: Path, console: Console | None = None) -> Path:
@@ -153,6 +110,7 @@ def write_run_report(run: Path, console: Console | None = None) -> Path:
         ValueError: the folder's files are missing or broken.
     """
     picture = run / "loss_curves.png"
+    check_file_destination(picture, "the picture")
     rows, evaluation = read_metrics(run), read_evaluation(run)
     save_loss_curves(rows, picture)
     if evaluation:
@@ -168,16 +126,11 @@ class ReportOptions:
     """The run's folder, with metrics.jsonl and summary.json."""
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 for bad input."""
-    try:
+def main(arguments: list[str] | None = None) -> None:
+    with user_errors():
         options = parse_options(ReportOptions, __doc__, arguments)
         print(f"loss curves: {write_run_report(options.run)}")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -42,7 +42,8 @@ def _make_run(
             tensor += 0.05 * torch.randn(tensor.shape, generator=random)
     tensor[(0,) * tensor.ndim] += broken
     writer = CheckpointWriter(folder / "checkpoints")
-    writer.save(Manifest(Progress(iteration=3)), states)
+    progress = Progress(iteration=3, phase=phases, phase_iteration=1 if phases > 1 else 3, consumed_samples=3)
+    writer.save(Manifest(progress), states)
     writer.close()
     return {name: shard.boxes[0].tensor for name, shard in states["generator_phase_1"].items()}
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from diffusers import WanPipeline
 from safetensors.torch import load_file
+from transformers import UMT5Config, UMT5EncoderModel
 
 from megatron_pdmd.conversion.export import TrainedExpert, export_pipeline
 from megatron_pdmd.conversion.few_step_sampling import FewStepSampling
@@ -298,11 +299,12 @@ def test_embeddings_of_another_width_are_refused_before_anything_is_loaded(
     PromptEmbeddings(("a 7",), (torch.zeros(1, 32, 48),), torch.zeros(32, 48)).save(tmp_path / "prompts")
     message = "embeddings are 48 wide, the model reads 64"
     _refused(monkeypatch, capsys, message, "--hf", student, "--prompts", tmp_path / "prompts")
-    other = tmp_path / "other"
-    shutil.copytree(student / "text_encoder", other / "text_encoder")
-    _damage(other / "text_encoder", "config.json", d_model=96)
+    torch.manual_seed(0)
+    config = UMT5Config(vocab_size=384, d_model=96, d_kv=16, d_ff=128, num_layers=1, num_heads=4)
+    UMT5EncoderModel(config).save_pretrained(tmp_path / "other" / "text_encoder")
+    shutil.copytree(student / "tokenizer", tmp_path / "other" / "tokenizer")
     (tmp_path / "prompts.txt").write_text("a 7\n")
-    flags = ("--hf", student, "--prompts", tmp_path / "prompts.txt", "--text-encoder", other)
+    flags = ("--hf", student, "--prompts", tmp_path / "prompts.txt", "--text-encoder", tmp_path / "other")
     _refused(monkeypatch, capsys, "embeddings are 96 wide", *flags)
 
 

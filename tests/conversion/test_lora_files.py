@@ -137,7 +137,10 @@ GOOD = {f"{KEY}.lora_A.weight": torch.ones(4, 8), f"{KEY}.lora_B.weight": torch.
         ({**GOOD, f"{KEY}.lora_A.weight": torch.ones(3, 8)}, "matrices"),
         ({**GOOD, f"{KEY}.lora_A.weight": torch.ones(0, 8), f"{KEY}.lora_B.weight": torch.ones(6, 0)}, "matrices"),
         ({**GOOD, f"{KEY}.alpha": torch.ones(2)}, "matrices"),
-        ({**GOOD, f"{KEY}.lora_B.weight": torch.full((6, 4), torch.nan)}, "lora_B.weight' holds NaN"),
+        (
+            {**GOOD, f"{KEY}.lora_B.weight": torch.full((6, 4), torch.nan)},
+            "lora_B.weight' holds values that are not finite",
+        ),
     ],
 )
 def test_a_file_that_does_not_fit_is_refused(tensors: dict, message: str, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def write_samples(folder: Path, latents: torch.Tensor, prompts: list[str]) -> Pa
 
 def test_metrics_are_saved_and_printed(tool, samples, tmp_path, capsys):
     save, table = tmp_path / "new" / "metrics.json", tmp_path / "table.json"
-    assert tool.main(["--samples", str(samples), "--save", str(save), "--json", str(table)]) == 0
+    tool.main(["--samples", str(samples), "--save", str(save), "--json", str(table)])
     saved, rows = json.loads(save.read_text()), json.loads(table.read_text())
     assert rows.keys() == {"samples", "real"} and rows["samples"].keys() == rows["real"].keys() == KEYS
     assert saved == {**rows["samples"], "real": rows["real"]}
@@ -49,9 +49,9 @@ def test_reference_takes_the_place_of_real_clips(tool, samples, tmp_path, digits
     frozen = real_clips(PROMPTS, *digits, seed=7)[:, :, :1].repeat(1, 1, 5, 1, 1)
     reference = write_samples(tmp_path / "reference", frozen, PROMPTS)
     save = tmp_path / "metrics.json"
-    assert tool.main(["--samples", str(samples), "--reference", str(samples), "--save", str(save)]) == 0
+    tool.main(["--samples", str(samples), "--reference", str(samples), "--save", str(save)])
     assert json.loads(save.read_text())["frechet_distance"] < 1e-6
-    assert tool.main(["--samples", str(samples), "--reference", str(reference), "--save", str(save)]) == 0
+    tool.main(["--samples", str(samples), "--reference", str(reference), "--save", str(save)])
     saved = json.loads(save.read_text())
     assert saved["frechet_distance"] > 1 and saved["reference"]["direction_accuracy"] == 0
 
@@ -99,10 +99,34 @@ def break_foreign_prompt(folder: Path) -> None:
 )
 def test_bad_samples_exit_with_two(tool, samples, tmp_path, capsys, damage, message):
     damage(samples)
-    assert tool.main(["--samples", str(samples), "--save", str(tmp_path / "metrics.json")]) == 2
-    error = capsys.readouterr().err
-    assert message in error and len(error.splitlines()) == 1
+    assert message in refused(tool, capsys, "--samples", str(samples), "--save", str(tmp_path / "metrics.json"))
     assert not (tmp_path / "metrics.json").exists()
+
+
+def refused(tool, capsys, *arguments: str) -> str:
+    """The one line with which the tool ends."""
+    with pytest.raises(SystemExit) as stop:
+        tool.main(list(arguments))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+    return error
+
+
+def test_what_cannot_be_written_is_refused_before_measuring(tool, samples, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tool, "evaluate", pytest.fail)
+    (tmp_path / "file").touch()
+    for save in (tmp_path, tmp_path / "file" / "x.json", tmp_path / ("n" * 300)):
+        assert "--save" in refused(tool, capsys, "--samples", str(samples), "--save", str(save))
+    arguments = ("--samples", str(samples), "--save", str(tmp_path / "a.json"))
+    assert "--json" in refused(tool, capsys, *arguments, "--json", str(tmp_path))
+    for seed in (2**63, 2**64, -(2**64)):
+        assert "--seed" in refused(tool, capsys, *arguments, "--seed", str(seed))
+
+
+def test_metrics_that_are_not_finite_are_not_saved(tool, samples, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tool, "evaluate", lambda options: {"samples": {"diversity": float("nan")}, "real": {}})
+    error = refused(tool, capsys, "--samples", str(samples), "--save", str(tmp_path / "metrics.json"))
+    assert "a metric is not finite" in error and not (tmp_path / "metrics.json").exists()
 
 
 def test_the_process_itself_exits_with_two_and_without_traceback(tmp_path):
