@@ -24,8 +24,10 @@ from megatron_pdmd.parallel.agreement import together
 from megatron_pdmd.parallel.topology import Topology, destroy_topology, initialize_topology
 from megatron_pdmd.preflight import Plan, prepare
 from megatron_pdmd.training.announcements import layout_line, resume_line, tell
+from megatron_pdmd.training.checkpointing import latest_checkpoint
 from megatron_pdmd.training.manifest import CheckpointError
 from megatron_pdmd.training.networks import Networks
+from megatron_pdmd.training.not_finite import NotFiniteError
 from megatron_pdmd.training.outcome import evaluate_moving_digits, export_run, phase_summaries, write_summary
 from megatron_pdmd.training.phase import check_batch
 from megatron_pdmd.training.run_folder import RunFolder, check_run_folder, claim_run_folder
@@ -36,6 +38,7 @@ from megatron_pdmd.training.wandb_log import WandbLog
 from pdmd_kernels import use_backend
 
 STOPPED_ON_REQUEST = 3
+FAILED = 1
 
 # A program of its own, for it decides what CUDA is before torch is imported.
 REHEARSAL = ("megatron_pdmd.planning.fake_cuda", "megatron_pdmd.dry_run")
@@ -75,7 +78,10 @@ def run(plan: Plan) -> int:
             if start and not start.finetune:
                 tell(topology, resume_line(start.checkpoint, trainer.position))
         with user_errors(NoSpaceError), user_errors(CheckpointError):
-            reason = trainer.run(wandb)
+            try:
+                reason = trainer.run(wandb)
+            except NotFiniteError as error:
+                return tell_not_finite(error, plan.config, topology)
             if trainer.finished and not reason:
                 with user_errors(foreign=False):
                     finish(plan, topology, networks, trainer)
@@ -200,6 +206,17 @@ def load_networks(plan: Plan, topology: Topology) -> Networks:
         for expert, subfolder in source.experts.items()
     }
     return Networks(teacher, config.method, config.training.seed)
+
+
+def tell_not_finite(error: NotFiniteError, config: Config, topology: Topology) -> int:
+    """Says why the run has ended and what is left of it; returns the exit code."""
+    if topology.rank == 0:
+        found = latest_checkpoint(config.checkpoint.save / "checkpoints")
+        left = f"the last checkpoint is {found.folder}" if found else "no checkpoint was saved"
+        mend = "lower --lr and --fake-lr, or look for what is wrong in the teacher and the prompts"
+        sys.stderr.write(f"error: {error}; {left}; {mend}\n")
+    destroy_topology()
+    return FAILED
 
 
 def finish(plan: Plan, topology: Topology, networks: Networks, trainer: Trainer) -> None:

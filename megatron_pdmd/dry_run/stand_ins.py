@@ -84,6 +84,7 @@ class StandIns:
             (checkpointing, "read_index", lambda folder: self._indices[folder.name]),
             (checkpointing, "read_shards", _read_shards),
             (checkpointing, "require_space", _nothing),
+            (checkpointing, "first_shard_not_finite", _nothing),
             (CheckpointWriter, "save", self._indexed(CheckpointWriter.save)),
             (export, "require_space", _nothing),
             (export, "_require_shared", _nothing),

@@ -25,6 +25,7 @@ from megatron_pdmd.parallel.agreement import together
 from megatron_pdmd.parallel.patience import new_patient_group
 from megatron_pdmd.parallel.topology import current_topology
 from megatron_pdmd.training.manifest import CheckpointError, Manifest, Progress, checkpoint_name
+from megatron_pdmd.training.not_finite import NotFiniteError, first_of_ranks, first_shard_not_finite
 from megatron_pdmd.training.sharded_state import Shard, with_prefix
 from megatron_pdmd.training.torch_dist import read_index, read_shards, write_shards
 
@@ -71,7 +72,7 @@ class Checkpoint:
 
         Raises:
             CheckpointError: the state is not in this checkpoint, differs in a name or a shape (then nothing was read),
-                or is damaged.
+                or is damaged, or not finite.
         """
         with together():
             self._check(state, shards)
@@ -79,6 +80,8 @@ class Checkpoint:
                 read_shards(self.folder, self.index, with_prefix(state, shards))
             except ValueError as error:
                 raise CheckpointError(str(error)) from None
+            if name := first_shard_not_finite(shards):
+                raise CheckpointError(f"{self.folder}: {state}: '{name}' is not finite; go on from another checkpoint")
 
     def _check(self, state: str, shards: Mapping[str, Shard]) -> None:
         saved = self.shapes(state)
@@ -122,10 +125,13 @@ class CheckpointWriter:
 
         Raises:
             NoSpaceError: no room on the disk; nothing was written.
+            NotFiniteError: a number is not finite; nothing was written.
             Exception: what writing this checkpoint met, or, asynchronously, the one before.
         """
         self.wait()
         shards = {name: shard for state, own in states.items() for name, shard in with_prefix(state, own).items()}
+        if found := first_of_ranks(first_shard_not_finite(shards), self._group):
+            raise NotFiniteError(f"iteration {manifest.progress.iteration}: not saved, for {found} is not finite")
         self._make_room(manifest.progress, sum(shard.written_bytes for shard in shards.values()))
         if not self._asynchronous:
             self._write(manifest, shards)

@@ -53,6 +53,7 @@ class Manifest:
         layout: ranks along each axis that wrote it; for the reader's information.
         open_updates: what was to be logged of each fake update that was done of an unfinished iteration.
         log_interval_sums: what the next log entry's means have summed up; see `training.interval`.
+        skipped_in_a_row: updates of each trained network that were skipped since its last one that was not.
     """
 
     progress: Progress
@@ -62,6 +63,7 @@ class Manifest:
     layout: dict[str, int] = field(default_factory=dict)
     open_updates: list[dict[str, float]] = field(default_factory=list)
     log_interval_sums: Sums = field(default_factory=dict)
+    skipped_in_a_row: dict[str, int] = field(default_factory=dict)
 
     def write(self, checkpoint: Path) -> None:
         """Puts it into a checkpoint's folder. A number that is not finite, of an update that was skipped, is null."""
@@ -105,7 +107,7 @@ def checkpoint_name(iteration: int) -> str:
 def _contradictions(manifest: Manifest, checkpoint: Path) -> Iterator[str]:
     """What cannot be about numbers that are numbers, in words."""
     at, steps = manifest.progress, manifest.optimizer_steps
-    for name, count in (asdict(at) | steps).items():
+    for name, count in [*asdict(at).items(), *steps.items(), *manifest.skipped_in_a_row.items()]:
         if not 0 <= count <= _LARGEST:
             yield f"{name} is {count}"
     if not 0 <= manifest.seed < 2**64:
@@ -131,6 +133,7 @@ def _is_manifest(content: Mapping[str, Any]) -> bool:
         and {name: type(value) for name, value in progress.items()} == types
         and type(content.get("seed")) is int
         and _are_counts(steps)
+        and _are_counts(content.get("skipped_in_a_row", {}))  # older runs have none
         and isinstance(models, dict)
         and all(isinstance(shape, dict) for shape in models.values())
         and isinstance(layout, dict)

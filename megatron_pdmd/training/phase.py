@@ -17,6 +17,7 @@ from megatron_pdmd.training.checkpointing import Checkpoint
 from megatron_pdmd.training.instruments import Instruments
 from megatron_pdmd.training.learning_rate import LearningRateSchedule
 from megatron_pdmd.training.networks import Networks, network_state
+from megatron_pdmd.training.not_finite import NotFiniteError, first_of_network
 from megatron_pdmd.training.optimizer import RoleOptimizer, build_optimizer
 from megatron_pdmd.training.sharded_state import Shard, with_prefix
 
@@ -65,6 +66,7 @@ class PhaseTrainer:
     Attributes:
         index: the phase's, 1-based.
         learning_rates: `learning_rate` of the generator and `fake_learning_rate`, in the last iteration run.
+        skipped_in_a_row: updates of each network that were skipped since its last one that was not.
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class PhaseTrainer:
         self._generator_rates = LearningRateSchedule.of("generator", options, iterations)
         self._fake_rates = LearningRateSchedule.of("fake_score", options, iterations)
         self.learning_rates: dict[str, float] = {}
+        self.skipped_in_a_row: dict[str, int] = {}
 
     def run_iteration(
         self, index: int, logged: list[Metrics] | None = None, pause: Callable[[], bool] = lambda: False
@@ -109,6 +112,9 @@ class PhaseTrainer:
             What to log: losses averaged over the updates and all ranks, gradient norms, `skipped_updates`; a number of
             a bin of noise (`is_binned`) is NaN where no sample fell into it. None where it was stopped; called again
             with `logged` it goes on, to the bit.
+
+        Raises:
+            NotFiniteError: `--max-skipped-updates` of a network were skipped in a row.
         """
         method, counter = self._config.method, Counter(self._config.training.seed, self.index, index, GENERATOR_UPDATE)
         updates = method.fake_updates + (method.fake_warmup if index == 0 else 0)
@@ -182,6 +188,7 @@ class PhaseTrainer:
                 checkpoint.read(f"{name}_optimizer", network.optimizer.sharded_state())
                 if network.optimizer.master_weights():
                     checkpoint.read(*self._weights(name, network, masters=True))
+        self.skipped_in_a_row = dict(checkpoint.manifest.skipped_in_a_row) if optimizers else {}
 
     def release(self) -> None:
         """Frees buffers and optimizer states at the phase's end."""
@@ -222,7 +229,24 @@ class PhaseTrainer:
         if finite:
             with instruments.part("optimizer"):
                 network.optimizer.step(norm)
+        self._count_skipped(network, [name for name, value in metrics.items() if not math.isfinite(value)])
         return quotients(metrics) | {"skipped_updates": int(not finite)}
+
+    def _count_skipped(self, network: TrainedNetwork, wrong: list[str]) -> None:
+        """Counts an update that was skipped for numbers of these names, or one that was not.
+
+        Raises:
+            NotFiniteError: it was one too many; on all ranks.
+        """
+        name = next(name for name, trained in self._trained().items() if trained is network)
+        self.skipped_in_a_row[name] = count = self.skipped_in_a_row.get(name, 0) + 1 if wrong else 0
+        limit = self._config.training.max_skipped_updates
+        if limit and count >= limit:
+            found = first_of_network(network.module)
+            raise NotFiniteError(
+                f"{name}: {count} updates in a row were skipped, for {', '.join(wrong)} was not finite"
+                f"{f' (first of its tensors: {found})' if found else ''}"
+            )
 
     def _run(
         self, program: Callable[[Counter, MicroBatch], Program], counter: Counter, batch: MicroBatch, share: float

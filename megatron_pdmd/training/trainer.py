@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from typing import Any
 
 from megatron_pdmd.config import Config
 from megatron_pdmd.data.prompts import PromptEmbeddings
@@ -20,6 +21,7 @@ from megatron_pdmd.training.manifest import Manifest, Progress
 from megatron_pdmd.training.metrics_log import MetricsLog
 from megatron_pdmd.training.milestones import Milestones
 from megatron_pdmd.training.networks import Networks
+from megatron_pdmd.training.not_finite import NotFiniteError
 from megatron_pdmd.training.phase import Metrics, PhaseTrainer
 from megatron_pdmd.training.sampling import SAMPLING_PHASE, Sampler
 from megatron_pdmd.training.sharded_state import Shard
@@ -78,7 +80,7 @@ class Trainer:
         """
         self._start = start
         if start:
-            check_models(start.checkpoint, self._manifest().models)
+            check_models(start.checkpoint, self._models())
         if start and not start.finetune:
             self.progress, saved = start.checkpoint.progress, start.checkpoint.manifest
             self._open_updates = list(saved.open_updates)
@@ -105,6 +107,9 @@ class Trainer:
 
         Returns:
             Why it was stopped on request after saving, or None when every asked phase is done.
+
+        Raises:
+            NotFiniteError: its numbers are not finite any more; what was saved is.
         """
         alone, options = self._config.method.phase, self._config.checkpoint
         writer = CheckpointWriter(
@@ -116,30 +121,34 @@ class Trainer:
             logging = self._config.logging
             log = MetricsLog(options.save, total, self.progress.iteration, logging.tensorboard, wandb)
         stop = StopRequest(self._config.training, options)
-        with stop.on_signals(), self._instruments.bar.shown():
-            for phase in self._plan.phases:
-                if self._is_behind(phase):
-                    if phase.index == self.progress.phase and self._left.sheet:
+        try:
+            with stop.on_signals(), self._instruments.bar.shown():
+                for phase in self._plan.phases:
+                    if self._is_behind(phase):
+                        if phase.index == self.progress.phase and self._left.sheet:
+                            self._draw_sheet()
+                            self._left = Milestones()
+                        continue
+                    if alone and phase.index > alone:
+                        break
+                    if phase.index > self.progress.phase:
+                        self.progress = replace(self.progress, phase=phase.index, phase_iteration=0)
+                        self._open_updates = []
+                    self._clock = time.monotonic()
+                    self._train_phase(phase, writer, log, stop)
+                    if not stop.reason:  # when the phase's memory is free again, and its weights are saved
                         self._draw_sheet()
-                        self._left = Milestones()
-                    continue
-                if alone and phase.index > alone:
-                    break
-                if phase.index > self.progress.phase:
-                    self.progress = replace(self.progress, phase=phase.index, phase_iteration=0)
-                    self._open_updates = []
-                self._clock = time.monotonic()
-                self._train_phase(phase, writer, log, stop)
-                if not stop.reason:  # when the phase's memory is free again, and its weights are saved
-                    self._draw_sheet()
-                self._count_time()
-                if stop.reason:
-                    break
-            writer.close()
-            if log:
-                log.close()
-            if not stop.reason:  # a signal during the last sheet: what comes after training is another launch's
-                stop.agree(None)
+                    self._count_time()
+                    if stop.reason:
+                        break
+                writer.close()
+                if log:
+                    log.close()
+                if not stop.reason:  # a signal during the last sheet: what comes after training is another launch's
+                    stop.agree(None)
+        except NotFiniteError:
+            writer.close()  # a checkpoint that is on its way is written to its end
+            raise
         return stop.reason
 
     @property
@@ -207,7 +216,7 @@ class Trainer:
                 self._count_time()
                 tell(self._topology, f"iteration {self.progress.iteration}: saving a checkpoint")
                 with self._instruments.between("save", self.progress.iteration):
-                    writer.save(self._manifest(trainer.optimizer_steps()), self._states(trainer))
+                    writer.save(self._manifest(trainer), self._states(trainer))
                 stop.saved()
             return stop.reason is not None
 
@@ -293,17 +302,21 @@ class Trainer:
         earlier = {f"generator_phase_{k}": self._networks.expert_state(k) for k in range(1, trainer.index)}
         return earlier | trainer.state()
 
-    def _manifest(self, optimizer_steps: dict[str, int] | None = None) -> Manifest:
+    def _manifest(self, trainer: PhaseTrainer) -> Manifest:
         topology = self._topology
         return Manifest(
             progress=self.progress,
-            optimizer_steps=optimizer_steps or {},
+            optimizer_steps=trainer.optimizer_steps(),
             seed=self._config.training.seed,
-            models={expert: asdict(model.config) for expert, model in self._networks.teacher.items()},
+            models=self._models(),
             layout={"tensor": topology.tensor, "context": topology.context, "data": topology.data},
             open_updates=list(self._open_updates),
             log_interval_sums=self._means.sums,
+            skipped_in_a_row=dict(trainer.skipped_in_a_row),
         )
+
+    def _models(self) -> dict[str, dict[str, Any]]:
+        return {expert: asdict(model.config) for expert, model in self._networks.teacher.items()}
 
     def _fixed_sampler(self) -> Sampler:
         """For evaluations and sheets: one prompt at a time, dealt to the replicas."""
