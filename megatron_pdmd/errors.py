@@ -8,6 +8,7 @@ import dis
 import errno
 import hashlib
 import os
+import re
 import shutil
 import signal
 import sys
@@ -115,7 +116,8 @@ def line_and_code(error: BaseException) -> tuple[str, int] | None:
         mend = "take smaller batches, or for training more ranks or --recompute-granularity full"
         return f"out of memory ({told}); {mend}", FAILED
     if _is_lost_peer(error):
-        return f"another rank ended or no longer answers ({text}); its own error says why", FAILED
+        told = re.sub(r"^\[\S+\] ", "", text).partition(". ")[0]  # without the line of gloo's source, and its advice
+        return f"another rank ended or no longer answers ({told}); its own error says why", FAILED
     return None
 
 
@@ -164,6 +166,15 @@ def tell_once(line: str) -> None:
     with contextlib.suppress(OSError, AttributeError):  # where there is no stderr the exit code must do
         sys.stderr.write(f"{line}\n")
         sys.stderr.flush()
+
+
+def has_told(folder: Path) -> bool:
+    """Whether a rank has told an error in a line.
+
+    Args:
+        folder: of this start; that of the ranks' folders.
+    """
+    return any(folder.glob("told_*"))
 
 
 def one_line(text: str) -> str:

@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_pdmd.environment import MOST_PORTS, MOST_RANKS, whole_number
-from megatron_pdmd.errors import BAD_INPUT, FAILED, INTERRUPTED, tell_once, user_errors
+from megatron_pdmd.errors import BAD_INPUT, FAILED, INTERRUPTED, has_told, tell_once, user_errors
 
 STOPPED_ON_REQUEST = 3
 QUIET = (BAD_INPUT, INTERRUPTED)  # the rank has said it all
@@ -126,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 place = replace(place, port=port.getsockname()[1])
             print(f"starting {place.ranks} rank{'s' * (place.ranks > 1)}", flush=True)
         signals = _Signals()
-        return _end(place, signals, _run(place, arguments, folder, signals))
+        return _end(place, signals, _run(place, arguments, folder, signals), told=has_told(folder))
 
 
 def _program(module: str, arguments: Sequence[str]) -> list[str]:
@@ -225,8 +225,15 @@ def _run(place: Place, arguments: Sequence[str], folder: Path, signals: _Signals
     return ranks
 
 
-def _end(place: Place, signals: _Signals, ranks: _Ranks) -> int:
-    """The exit code of the whole; what no rank could tell is told here."""
+def _end(place: Place, signals: _Signals, ranks: _Ranks, told: bool) -> int:
+    """The exit code of the whole; what no rank could tell is told here.
+
+    Args:
+        place: of the ranks.
+        signals: that this process received.
+        ranks: which have ended.
+        told: whether one has told an error in a line.
+    """
     if ranks.failure is None:
         return STOPPED_ON_REQUEST if STOPPED_ON_REQUEST in ranks.codes.values() else 0
     local_rank, code = ranks.failure
@@ -241,7 +248,8 @@ def _end(place: Place, signals: _Signals, ranks: _Ranks) -> int:
         how = f"was killed by {signal.Signals(-code).name}; the same command goes on from the last checkpoint"
     else:
         how = f"failed with exit code {code}; its own error stands above"
-    tell_once(f"error: rank {rank} {how}")
+    if code < 0 or not told:
+        tell_once(f"error: rank {rank} {how}")
     return FAILED
 
 

@@ -180,6 +180,16 @@ sys.exit(launch.main([]))
 
 STARTS = "checking the flags and the files they name\nstarting 2 ranks\n"
 WAITS = "time.sleep(60)"
+NO_MEMORY = f"""from megatron_pdmd.errors import user_errors
+with user_errors():
+    if rank == '1':
+        raise MemoryError
+    {WAITS}
+"""
+TOLD = (
+    "error: out of memory (the machine has no more); take smaller batches, or for training more ranks or "
+    "--recompute-granularity full\n"
+)
 FAILED = "error: rank 1 failed with exit code 1; its own error stands above\n"
 KILLED = "error: rank 1 was killed by SIGKILL; the same command goes on from the last checkpoint\n"
 
@@ -191,6 +201,7 @@ KILLED = "error: rank 1 was killed by SIGKILL; the same command goes on from the
         ("sys.exit(3)", 3, ""),
         (f"print('error: x', file=sys.stderr) or sys.exit(2) if rank == '1' else {WAITS}", 2, "error: x\n"),
         (f"sys.exit(1) if rank == '1' else {WAITS}", 1, FAILED),
+        (NO_MEMORY, 1, TOLD),
         (f"os.kill(os.getpid(), signal.SIGKILL) if rank == '1' else {WAITS}", 1, KILLED),
         (
             f"signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
@@ -199,7 +210,7 @@ KILLED = "error: rank 1 was killed by SIGKILL; the same command goes on from the
             KILLED,
         ),
     ],
-    ids=["done", "stopped", "bad input", "failed", "killed", "deaf to SIGTERM"],
+    ids=["done", "stopped", "bad input", "failed", "told", "killed", "deaf to SIGTERM"],
 )  # fmt: skip
 def test_the_launcher_ends_as_its_ranks_ended(rank: str, code: int, told: str) -> None:
     process = start_stubs(rank)
