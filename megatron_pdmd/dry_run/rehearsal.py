@@ -33,6 +33,7 @@ from megatron_pdmd.planning.skeleton import complete_folder
 from megatron_pdmd.planning.source_lines import frames_of_error, lines_of_error, summary_of_error
 from megatron_pdmd.preflight import Plan, check
 from megatron_pdmd.training.phase import check_batch
+from megatron_pdmd.training.run_folder import claim_run_folder
 from pdmd_kernels import available_backends, use_backend
 
 FAULT = 1
@@ -88,6 +89,7 @@ def rehearse(plan: Plan, launch: LaunchConfig, ranks: FakeRanks, checks: DeviceC
                 context=layout.context_parallel_size,
                 sequence_parallel=layout.sequence_parallel,
             )
+            claim_run_folder(part.config, part.inputs)  # the folder is either part's, whose batches differ
             with FakeTensorMode(allow_non_fake_inputs=True), checks:
                 ended = pretrain.run(part)
             assert ended == code, f"the run ended with exit code {ended}"
