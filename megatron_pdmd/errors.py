@@ -207,6 +207,13 @@ def parse_options(
     return read_options(options, arguments, default)
 
 
+def library_reason(error: Exception) -> str:
+    """What a library says of a user's file that it cannot load, in one line of bounded length."""
+    if isinstance(error, TypeError | AttributeError | LookupError):  # a slip of its own, on what it did not expect
+        return "an entry of its JSON files is missing or of the wrong type"
+    return " ".join(str(error).split()).replace("NoneType", "null")[:300] or type(error).__name__
+
+
 def require_space(path: Path, needed: int, flag: str) -> None:
     """Refuses to start writing what the disk cannot hold.
 

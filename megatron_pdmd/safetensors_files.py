@@ -97,7 +97,7 @@ def _stored(name: str, entry: Any) -> tuple[StoredTensor, tuple[int, int]]:
         raise ValueError(f"has no valid safetensors header (at tensor {shown(repr(name))})")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _ITEM_SIZES:
-        raise ValueError(f"tensor {shown(repr(name))} has numbers of an unknown kind, {shown(dtype)}")
+        raise ValueError(f"tensor {shown(repr(name))} has numbers of an unknown kind, {shown(repr(dtype))}")
     if not _are_sizes(shape) or len(shape) > _MOST_DIMENSIONS:
         raise ValueError(f"tensor {shown(repr(name))} has no valid shape")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:

@@ -292,7 +292,7 @@ def test_a_vae_that_could_not_decode_the_samples(refusal, teacher, flags):
     assert f"--teacher {teacher}: its VAE decodes 2 channels, its transformers write 1" in refusal()
     preflight.prepare([*flags, "--sample-prompts", "0"])
     edit_json(teacher / "vae" / "config.json", num_res_blocks=10**6)
-    assert "vae/config.json: num_res_blocks is 1000000, more than the weights have" in refusal()
+    assert "vae/config.json: 'num_res_blocks' is 1000000, more than the weights have" in refusal()
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def test_what_is_no_file_is_told(tmp_path):
         ({"a": 3}, "no valid safetensors header"),
         ({"a": {"dtype": "F32", "shape": [2]}}, "no valid safetensors header"),
         ({"__metadata__": {"format": 1}, "a": tensor()}, "__metadata__"),
-        ({"a": tensor(dtype="F33")}, "unknown kind, F33"),
+        ({"a": tensor(dtype="F33")}, "unknown kind, 'F33'"),
         ({"a": tensor(dtype=["F32"])}, "unknown kind"),
         ({"a": tensor(shape=3)}, "no valid shape"),
         ({"a": tensor(shape=[-2])}, "no valid shape"),

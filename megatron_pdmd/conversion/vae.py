@@ -9,6 +9,7 @@ import torch
 
 from megatron_pdmd.conversion.pipeline_folder import PipelineFolder
 from megatron_pdmd.documents import read_json_object
+from megatron_pdmd.errors import library_reason
 from megatron_pdmd.limits import shown
 from megatron_pdmd.safetensors_files import (
     DIFFUSERS_STEM,
@@ -68,7 +69,9 @@ def _check_sizes(config: Mapping[str, Any], header: Mapping[str, StoredTensor]) 
     for name, value in config.items():
         values = value if isinstance(value, list) else [value]
         if len(values) > len(header) or any(isinstance(one, int) and abs(one) > widest for one in values):
-            raise ValueError(f"{name} is {shown(repr(value))}, more than the weights have; do they belong together?")
+            raise ValueError(
+                f"{shown(repr(name))} is {shown(repr(value))}, more than the weights have; do they belong together?"
+            )
     factors = config.get("dim_mult", [1])
     if not isinstance(factors, list) or not factors or not all(type(factor) is int for factor in factors):
         raise ValueError(f"dim_mult is {shown(repr(factors))}; expected integers")
@@ -91,6 +94,7 @@ def load_vae(folder: PipelineFolder, device: torch.device | str = "cpu") -> Any:
     """
     check_vae(folder)
     path, diffusers = folder.path / "vae", importlib.import_module("diffusers")
+    diffusers.utils.logging.set_verbosity_error()
     try:
         with torch.device("meta"):
             described = diffusers.AutoencoderKLWan.from_config(read_json_object(path / "config.json"))
@@ -100,8 +104,8 @@ def load_vae(folder: PipelineFolder, device: torch.device | str = "cpu") -> Any:
             path, dtype=torch.float32, local_files_only=True, use_safetensors=True
         )
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(reason if reason.startswith(str(path)) else f"{path}: cannot be loaded ({reason})") from None
+        own = isinstance(error, ValueError) and str(error).startswith(str(path))
+        raise ValueError(str(error) if own else f"{path}: cannot be loaded ({library_reason(error)})") from None
     require_finite(vae.named_parameters(), path)
     return vae.to(device).eval().requires_grad_(False)
 

@@ -12,6 +12,7 @@ import torch
 
 from megatron_pdmd.data.umt5 import read_umt5_config
 from megatron_pdmd.documents import read_json_object
+from megatron_pdmd.errors import library_reason
 from megatron_pdmd.safetensors_files import require_finite
 
 MAX_TOKENS = 512  # what Wan's text input is padded to
@@ -64,7 +65,7 @@ class TextEncoder:
             self.max_length = max_length or min(MAX_TOKENS, int(self._tokenizer.model_max_length))
             self._tokens([""])  # fails where it cannot pad
         except Exception as error:
-            raise ValueError(f"{folder / 'tokenizer'}: cannot be used ({_in_one_line(error)})") from None
+            raise ValueError(f"{folder / 'tokenizer'}: cannot be used ({library_reason(error)})") from None
         try:
             self._encoder, found = transformers.UMT5EncoderModel.from_pretrained(
                 folder / "text_encoder",
@@ -74,7 +75,7 @@ class TextEncoder:
                 output_loading_info=True,
             )
         except Exception as error:
-            raise ValueError(f"{folder / 'text_encoder'}: cannot be loaded ({_in_one_line(error)})") from None
+            raise ValueError(f"{folder / 'text_encoder'}: cannot be loaded ({library_reason(error)})") from None
         if filled := sorted(found["missing_keys"]) + sorted(found["mismatched_keys"]):
             raise ValueError(f"{folder / 'text_encoder'}: has no {filled[0]}; is the download complete?")
         self._encoder = self._encoder.eval().requires_grad_(False)
@@ -179,7 +180,3 @@ def _transformers() -> ModuleType:
         return importlib.import_module("transformers")
     except ModuleNotFoundError:
         raise ValueError(_MISSING) from None
-
-
-def _in_one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

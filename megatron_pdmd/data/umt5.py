@@ -37,7 +37,7 @@ def read_umt5_config(folder: Path) -> dict[str, Any]:
             raise ValueError(f"{path}: {name} is {shown(repr(value))}; expected a positive integer")
     for name, value in config.items():
         if isinstance(value, int | float) and abs(value) > _LARGEST_NUMBER:
-            raise ValueError(f"{path}: {name} is {shown(repr(value))}; no text encoder has such a number")
+            raise ValueError(f"{path}: {shown(repr(name))} is {shown(repr(value))}; no text encoder has such a number")
     _check_tensors(folder / "text_encoder", config)
     return config
 

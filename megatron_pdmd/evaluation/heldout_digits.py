@@ -4,6 +4,7 @@ The sheet holds 40 x 25 tiles of 28 x 28 pixels, row by row, a hundred of each c
 that a tile's label is its index // 100.
 """
 
+import struct
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -12,6 +13,7 @@ import torch
 from megatron_pdmd.evaluation.moving_digits import DIGITS
 
 TILE, COLUMNS, ROWS = 28, 40, 25
+_PNG, _LARGEST_FILE = b"\x89PNG\r\n\x1a\n", 10_000_000
 PER_CLASS = COLUMNS * ROWS // len(DIGITS)
 
 
@@ -40,13 +42,20 @@ def load_heldout_digits(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """
     if not path.is_file():
         raise ValueError(f"no held-out digits at {path}; it is examples/tiny_wan/heldout_digits.png of the repository")
+    mend = "restore examples/tiny_wan/heldout_digits.png of the repository"
+    content = path.read_bytes() if path.stat().st_size <= _LARGEST_FILE else b""
+    if not content.startswith(_PNG) or len(content) < 24:
+        raise ValueError(f"{path} is not a readable PNG; {mend}")
+    # Before it is decoded: a small file may claim more pixels than there is memory.
+    columns, rows = struct.unpack(">II", content[16:24])
     try:
-        pixels = iio.imread(path, plugin="pillow")
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"{path} is not a readable PNG; restore examples/tiny_wan/heldout_digits.png") from error
-    if pixels.shape != (ROWS * TILE, COLUMNS * TILE) or pixels.dtype != "uint8":
+        fits = (columns, rows) == (COLUMNS * TILE, ROWS * TILE)
+        pixels = iio.imread(content, plugin="pillow", extension=".png") if fits else None
+    except Exception as error:  # whatever the decoder meets in a damaged file
+        raise ValueError(f"{path} is not a readable PNG ({' '.join(str(error).split())}); {mend}") from None
+    if pixels is None or pixels.shape != (rows, columns) or pixels.dtype != "uint8":
         wanted = f"{COLUMNS * TILE} x {ROWS * TILE} greyscale pixels of 8 bits"
-        raise ValueError(f"{path} holds {pixels.dtype} {pixels.shape}, not {wanted}; restore the repository's file")
+        raise ValueError(f"{path} holds {columns} x {rows} pixels or others than {wanted}; {mend}")
     tiles = torch.from_numpy(pixels).reshape(ROWS, TILE, COLUMNS, TILE).transpose(1, 2)
     return tiles.reshape(-1, TILE, TILE).float() / 255, _labels()
 

@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+
+from megatron_pdmd.documents import read_text
+from megatron_pdmd.limits import shown
+from megatron_pdmd.safetensors_files import read_tensors, require_finite
 
 LATENTS_FILE, PROMPTS_FILE = "samples.safetensors", "prompts.txt"
 
@@ -20,12 +22,10 @@ def load_samples(folder: Path) -> tuple[torch.Tensor, list[str]]:
     if "latents" not in tensors:
         raise ValueError(f"{folder / LATENTS_FILE} holds no tensor 'latents'; write it with tools/generate.py")
     latents = tensors["latents"]
-    if latents.ndim != 5 or not len(latents):
-        raise ValueError(f"{folder / LATENTS_FILE} holds latents {list(latents.shape)}, not [N, C, F, H, W] with N > 0")
-    try:
-        prompts = prompts_file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read {prompts_file}: it must be UTF-8 text, one prompt per sample") from error
+    if latents.ndim != 5 or not latents.numel():
+        shape = shown(list(latents.shape))
+        raise ValueError(f"{folder / LATENTS_FILE} holds latents {shape}, not [N, C, F, H, W], all of them above 0")
+    prompts = read_text(prompts_file).removesuffix("\n").split("\n")
     if len(prompts) != len(latents):
         raise ValueError(
             f"{prompts_file} has {len(prompts)} lines for {len(latents)} samples; one line per sample is needed"
@@ -34,18 +34,21 @@ def load_samples(folder: Path) -> tuple[torch.Tensor, list[str]]:
 
 
 def load_tensors(path: Path, remedy: str) -> dict[str, torch.Tensor]:
-    """All tensors of a safetensors file.
+    """All tensors of a safetensors file, floating-point numbers and finite.
 
     Args:
         path: the file.
-        remedy: what to do if it is missing, the end of the error's line.
+        remedy: what to do if it cannot be used, the end of the error's line.
 
     Raises:
-        ValueError: the file is missing or not a whole safetensors file.
+        ValueError: the file is missing, damaged or holds other numbers.
     """
-    if not path.is_file():
-        raise ValueError(f"no file {path}; {remedy}")
     try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}); {remedy}") from error
+        tensors = read_tensors(path)
+        for name, tensor in tensors.items():
+            if not tensor.is_floating_point():
+                raise ValueError(f"{path}: tensor {shown(repr(name))} is {tensor.dtype}; expected floating point")
+        require_finite(tensors.items(), path)
+    except ValueError as error:
+        raise ValueError(f"{error}; {remedy}") from None
+    return tensors

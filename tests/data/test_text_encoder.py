@@ -111,7 +111,7 @@ def test_bad_folders_are_refused(copy: Path, tmp_path: Path) -> None:
         (lambda folder: edit_weights(folder, **{"shared.weight": torch.ones(384, 64, dtype=torch.int32)}), "is I32"),
         (lambda folder: edit_config(folder, num_layers=1_000_000), "says 1000000 layers, the weights have 1"),
         (lambda folder: edit_config(folder, d_ff=10**6), r"the config asks for \[1000000, 64\]"),
-        (lambda folder: edit_config(folder, num_labels=10**12), "num_labels is 1000000000000; no text encoder"),
+        (lambda folder: edit_config(folder, num_labels=10**12), "'num_labels' is 1000000000000; no text encoder"),
         (lambda folder: edit_config(folder, d_model=None), "d_model is None; expected a positive integer"),
         (lambda folder: edit_config(folder, d_model=[64]), "d_model is"),
         (lambda folder: edit_config(folder, num_heads=True), "num_heads is True"),

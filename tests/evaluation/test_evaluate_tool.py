@@ -88,12 +88,12 @@ def break_foreign_prompt(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (break_no_latents, "no file"),
-        (break_truncated, "not a whole safetensors file"),
+        (break_no_latents, "no such file"),
+        (break_truncated, "is truncated"),
         (break_other_tensor, "no tensor 'latents'"),
         (break_shape, "not [N, C, F, H, W]"),
         (break_prompt_count, "1 lines for 160 samples"),
-        (break_no_prompts, "cannot read"),
+        (break_no_prompts, "prompts.txt: no such file"),
         (break_foreign_prompt, "not a prompt of the moving-digits task"),
     ],
 )

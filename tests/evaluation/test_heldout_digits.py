@@ -1,5 +1,8 @@
 """The sheet of held-out digits: round trip, the bundled file, and odd files."""
 
+import random
+import struct
+
 import imageio.v3 as iio
 import numpy as np
 import pytest
@@ -41,3 +44,28 @@ def test_odd_files_are_refused(tmp_path):
     iio.imwrite(tmp_path / "small.png", np.zeros((28, 28), np.uint8))
     with pytest.raises(ValueError, match="1120 x 700"):
         load_heldout_digits(tmp_path / "small.png")
+
+
+def test_damaged_pictures_are_refused_in_one_line(tmp_path, tiny_wan):
+    whole, path = (tiny_wan / "heldout_digits.png").read_bytes(), tmp_path / "digits.png"
+    chance = random.Random(0)
+    bomb = whole[:16] + struct.pack(">II", 2**31 - 1, 2**31 - 1) + whole[24:]
+    spoilt = [bomb, *(whole[:kept] for kept in (0, 10, 30, 1000, len(whole) // 2))]
+    for _ in range(60):
+        damaged = bytearray(whole)
+        damaged[chance.randrange(60)] ^= 1 << chance.randrange(8)
+        spoilt.append(damaged)
+    refused = 0
+    for content in spoilt:
+        path.write_bytes(content)
+        try:
+            load_heldout_digits(path)
+        except ValueError as error:
+            refused += str(path) in str(error) and len(str(error).splitlines()) == 1
+    assert refused > 50
+
+
+def test_a_picture_in_colours_is_refused(tmp_path):
+    iio.imwrite(tmp_path / "colours.png", np.zeros((700, 1120, 3), np.uint8))
+    with pytest.raises(ValueError, match="1120 x 700 greyscale pixels"):
+        load_heldout_digits(tmp_path / "colours.png")

@@ -108,14 +108,19 @@ def test_clips_that_cannot_be_measured(samples, prompts, message):
 
 
 def test_classifier_files_that_are_none(tmp_path):
-    with pytest.raises(ValueError, match="no file"):
+    with pytest.raises(ValueError, match="no such file"):
         load_classifier(tmp_path / "none.safetensors")
     (tmp_path / "text.safetensors").write_text("nothing")
-    with pytest.raises(ValueError, match="not a whole safetensors file"):
+    with pytest.raises(ValueError, match="truncated or no safetensors file"):
         load_classifier(tmp_path / "text.safetensors")
     save_file({"digit.bias": torch.zeros(10)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="does not fit"):
         load_classifier(tmp_path / "other.safetensors")
+    state = ClipClassifier().state_dict()
+    for value, words in ((torch.full((10,), torch.nan), "not finite"), (torch.zeros(10).long(), "expected floating")):
+        save_file(state | {"digit.bias": value}, tmp_path / "spoilt.safetensors")
+        with pytest.raises(ValueError, match=f"spoilt.safetensors: tensor 'digit.bias' .*{words}"):
+            load_classifier(tmp_path / "spoilt.safetensors")
 
 
 def test_a_classifier_on_another_device_measures_clips_of_the_cpu(other_device, clips, real, classifier, digits):
