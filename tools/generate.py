@@ -53,7 +53,7 @@ from megatron_pdmd.evaluation.samples import LATENTS_FILE, PROMPTS_FILE
 from megatron_pdmd.evaluation.sheets import mp4_available, save_animation, save_contact_sheet
 from megatron_pdmd.files import check_destination, replaced_whole, write_text
 
-SHEET, ANIMATIONS = "sheet.png", ("samples.gif", "samples.mp4")
+SHEET, SHEET_PROMPTS, ANIMATIONS = "sheet.png", "sheet.txt", ("samples.gif", "samples.mp4")
 SHEET_ROWS, ANIMATED_CLIPS = 16, 64
 TEACHERS_SIZE = (21, 60, 104)  # latents of 81 frames of 480 x 832 pixels
 LONGEST_PROMPT = 4096
@@ -296,7 +296,7 @@ def one_line(prompt: str) -> str:
 def is_samples_folder(folder: Path) -> bool:
     """Whether this program made a folder, and nothing else is in it."""
     names = {path.name for path in folder.iterdir()}
-    return LATENTS_FILE in names and names <= {LATENTS_FILE, PROMPTS_FILE, SHEET, *ANIMATIONS}
+    return LATENTS_FILE in names and names <= {LATENTS_FILE, PROMPTS_FILE, SHEET, SHEET_PROMPTS, *ANIMATIONS}
 
 
 def source_folder(options: GenerateOptions, lora: LoraFolder | None) -> Path:
