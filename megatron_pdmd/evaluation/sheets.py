@@ -147,8 +147,8 @@ def save_animation(
         else:
             odd = [(0, side % 2) for side in frames.shape[1:3]]  # H.264's chroma planes need even sides
             even = np.pad(frames, [(0, 0), *odd, (0, 0)], mode="edge")
-            options = {"codec": "libx264", "macro_block_size": 2, "output_params": ["-f", "mp4"]}
-            iio.imwrite(partial, even, plugin="FFMPEG", fps=frames_per_second, **options)
+            options = {"fps": frames_per_second, "codec": "libx264", "macro_block_size": 2}
+            partial.write_bytes(iio.imwrite("<bytes>", even, plugin="FFMPEG", extension=".mp4", **options))
 
 
 def mp4_available() -> bool:
