@@ -305,6 +305,7 @@ def test_embeddings_of_another_width_are_refused_before_anything_is_loaded(
     UMT5EncoderModel(config).save_pretrained(tmp_path / "other" / "text_encoder")
     shutil.copytree(student / "tokenizer", tmp_path / "other" / "tokenizer")
     (tmp_path / "prompts.txt").write_text("a 7\n")
+    capsys.readouterr()  # of saving
     flags = ("--hf", student, "--prompts", tmp_path / "prompts.txt", "--text-encoder", tmp_path / "other")
     _refused(monkeypatch, capsys, "embeddings are 96 wide", *flags)
 
