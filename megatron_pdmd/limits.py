@@ -110,7 +110,7 @@ def check_range(
 
 
 def check_limits(options: Any) -> None:
-    """Refuses numbers out of `LIMITS` in a dataclass of options and in the dataclasses in it.
+    """Refuses numbers out of `LIMITS` in a dataclass of options and in those in it; None gives no number.
 
     Raises:
         ValueError: names the flag, the value and the range.
@@ -122,7 +122,7 @@ def check_limits(options: Any) -> None:
         elif field.name in LIMITS:
             allowed = LIMITS[field.name]
             values = value if isinstance(value, tuple) else (value,)
-            if any(one not in allowed for one in values):
+            if any(one is not None and one not in allowed for one in values):
                 each = "each must" if len(values) > 1 else "must"
                 written = shown(",".join(map(str, values)))
                 raise ValueError(f"--{field.name.replace('_', '-')} {written}: {each} lie in {allowed}")

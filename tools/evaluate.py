@@ -21,7 +21,7 @@ from megatron_pdmd.evaluation.run_files import all_finite
 from megatron_pdmd.evaluation.run_report import evaluation_table
 from megatron_pdmd.evaluation.samples import load_samples
 from megatron_pdmd.files import check_file_destination, write_json
-from megatron_pdmd.limits import check_range
+from megatron_pdmd.limits import check_limits
 
 TINY_WAN = Path(__file__).resolve().parents[1] / "examples" / "tiny_wan"
 
@@ -69,7 +69,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, dict[str, float | None]]:
 def main(arguments: list[str] | None = None) -> None:
     with user_errors():
         options = parse_options(EvaluateOptions, __doc__, arguments)
-        check_range("--seed", options.seed, -(2**63), 2**63 - 2)
+        check_limits(options)
         for flag, path in (("--save", options.save), ("--json", options.json)):
             if path is not None:
                 check_file_destination(path, flag)

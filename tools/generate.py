@@ -52,11 +52,12 @@ from megatron_pdmd.errors import parse_options, require_space, user_errors
 from megatron_pdmd.evaluation.samples import LATENTS_FILE, PROMPTS_FILE
 from megatron_pdmd.evaluation.sheets import mp4_available, save_animation, save_contact_sheet
 from megatron_pdmd.files import check_destination, replaced_whole, write_text
+from megatron_pdmd.limits import LIMITS, check_limits, check_range
 
-SHEET, ANIMATIONS = "sheet.png", ("samples.gif", "samples.mp4")
+SHEET, SHEET_PROMPTS, ANIMATIONS = "sheet.png", "sheet.txt", ("samples.gif", "samples.mp4")
 SHEET_ROWS, ANIMATED_CLIPS = 16, 64
 TEACHERS_SIZE = (21, 60, 104)  # latents of 81 frames of 480 x 832 pixels
-LONGEST_PROMPT = 4096
+MOST_SAMPLES = 10**6
 SMALLER = "lower --batch-size, --frames, --height or --width, or use --dtype bfloat16"
 
 
@@ -296,7 +297,7 @@ def one_line(prompt: str) -> str:
 def is_samples_folder(folder: Path) -> bool:
     """Whether this program made a folder, and nothing else is in it."""
     names = {path.name for path in folder.iterdir()}
-    return LATENTS_FILE in names and names <= {LATENTS_FILE, PROMPTS_FILE, SHEET, *ANIMATIONS}
+    return LATENTS_FILE in names and names <= {LATENTS_FILE, PROMPTS_FILE, SHEET, SHEET_PROMPTS, *ANIMATIONS}
 
 
 def source_folder(options: GenerateOptions, lora: LoraFolder | None) -> Path:
@@ -329,26 +330,11 @@ def check_options(options: GenerateOptions) -> None:
     Raises:
         ValueError: names the flag.
     """
-    names = (
-        "frames",
-        "height",
-        "width",
-        "samples_per_prompt",
-        "batch_size",
-        "num_steps",
-        "timestep_shift",
-        "max_length",
-    )
-    for name in names:
-        value = getattr(options, name)
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: must be greater than 0 and finite")
-    if options.max_prompts < 0:
-        raise ValueError(f"--max-prompts {options.max_prompts}: must not be negative")
-    if options.max_length and options.max_length > LONGEST_PROMPT:
-        raise ValueError(f"--max-length {options.max_length}: must be at most {LONGEST_PROMPT}")
-    if not -(2**63) <= options.seed < 2**63:
-        raise ValueError(f"--seed {options.seed}: must lie between -2^63 and 2^63 - 1")
+    check_limits(options)
+    check_range("--samples-per-prompt", options.samples_per_prompt, 1, MOST_SAMPLES)
+    check_range("--max-prompts", options.max_prompts, 0, MOST_SAMPLES)
+    if options.max_length is not None:
+        check_range("--max-length", options.max_length, 1, LIMITS["prompt_length"].most)
     check_destination(options.save, "--save", is_samples_folder)
 
 

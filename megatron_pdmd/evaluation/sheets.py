@@ -6,7 +6,6 @@ enlarged by a whole factor without smoothing, so that every pixel stays visible.
 
 import importlib.util
 import math
-import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,9 @@ import torch
 import torch.nn.functional as F
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from megatron_pdmd.evaluation.labels import columns, fonts_for, printable, quiet_matching, wrapped
+from megatron_pdmd.files import write_text, written_whole
 
 DPI = 128  # a power of two, so that pixels / DPI inches are exactly that many pixels again
 
@@ -72,6 +74,8 @@ def save_contact_sheet(
 ) -> None:
     """Writes a PNG with a row for each prompt and a column for each frame.
 
+    Where no installed font has a prompt's letters, the row has its number, and a text file beside the PNG the prompts.
+
     Args:
         path: the PNG to write; its folder is made.
         clips: one clip for each prompt, or for several models {"teacher": clips, "student": clips}, drawn side by side.
@@ -89,8 +93,8 @@ def save_contact_sheet(
         if len(group) != len(prompts):
             raise ValueError(f"a sheet of {len(prompts)} prompts needs as many clips, got {len(group)} {name}".rstrip())
     row_height = max(group.shape[2] for group in tiles.values())
-    labels = [_wrapped(prompt, style, row_height) for prompt in prompts]
-    longest = max((len(line) for label in labels for line in label.split("\n")), default=0)
+    labels = _labels(path, prompts, style, row_height)
+    longest = max((columns(line) for label in labels for line in label.split("\n")), default=0)
     left = style.margin + longest * style.letter + style.margin
     top = style.margin + (style.line if any(tiles) else 0)
     widths = {name: group.shape[1] * (group.shape[3] + style.gap) - style.gap for name, group in tiles.items()}
@@ -107,8 +111,8 @@ def save_contact_sheet(
                 y = top + row * (row_height + style.gap)
                 canvas[y : y + tile.shape[0], tile_x : tile_x + tile.shape[1]] = tile
         x += widths[name] + style.group_gap
-    path.parent.mkdir(parents=True, exist_ok=True)
-    iio.imwrite(path, _with_texts(canvas, texts, style.text), extension=".png")
+    with written_whole(path) as partial:
+        iio.imwrite(partial, _with_texts(canvas, texts, style.text), extension=".png")
 
 
 def save_animation(
@@ -137,13 +141,14 @@ def save_animation(
         raise ValueError(f"clips are saved as .gif or .mp4, not as '{path.name}'")
     if suffix == ".mp4" and not mp4_available():
         raise ValueError(f"cannot write {path.name}: MP4 needs `pip install imageio-ffmpeg`, or save a .gif instead")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if suffix == ".gif":
-        iio.imwrite(path, frames, extension=".gif", duration=round(100 / frames_per_second) * 10, loop=0)
-    else:
-        odd = [(0, side % 2) for side in frames.shape[1:3]]  # H.264's chroma planes need even sides
-        even = np.pad(frames, [(0, 0), *odd, (0, 0)], mode="edge")
-        iio.imwrite(path, even, plugin="FFMPEG", fps=frames_per_second, codec="libx264", macro_block_size=2)
+    with written_whole(path) as partial:
+        if suffix == ".gif":
+            iio.imwrite(partial, frames, extension=".gif", duration=round(100 / frames_per_second) * 10, loop=0)
+        else:
+            odd = [(0, side % 2) for side in frames.shape[1:3]]  # H.264's chroma planes need even sides
+            even = np.pad(frames, [(0, 0), *odd, (0, 0)], mode="edge")
+            options = {"fps": frames_per_second, "codec": "libx264", "macro_block_size": 2}
+            partial.write_bytes(iio.imwrite("<bytes>", even, plugin="FFMPEG", extension=".mp4", **options))
 
 
 def mp4_available() -> bool:
@@ -164,9 +169,15 @@ def _tiles(clips: torch.Tensor, max_frames: int, style: SheetStyle) -> np.ndarra
     return to_pixels(shrunk(shown, style), style.smallest_tile)
 
 
-def _wrapped(prompt: str, style: SheetStyle, height: int) -> str:
-    lines = textwrap.wrap(prompt, style.label_letters, max_lines=max(1, height // style.line), placeholder=" …")
-    return "\n".join(lines)
+def _labels(path: Path, prompts: list[str], style: SheetStyle, height: int) -> list[str]:
+    """What stands beside the rows; what no font can draw goes into a text file beside the sheet."""
+    texts = [printable(prompt) for prompt in prompts]
+    missing = fonts_for(texts)[1]
+    listed = [f"prompt {number}" if missing & set(text) else text for number, text in enumerate(texts, start=1)]
+    if listed != texts:
+        numbered = (f"{number}: {text}\n" for number, text in enumerate(texts, start=1))
+        write_text(path.with_suffix(".txt"), "".join(numbered))
+    return ["\n".join(wrapped(text, style.label_letters, max(1, height // style.line))) for text in listed]
 
 
 def _with_texts(canvas: np.ndarray, texts: list[tuple[int, int, str]], size: int) -> np.ndarray:
@@ -175,12 +186,14 @@ def _with_texts(canvas: np.ndarray, texts: list[tuple[int, int, str]], size: int
     figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
     agg = FigureCanvasAgg(figure)
     figure.figimage(canvas, origin="upper")
+    families = list(fonts_for(text for _, _, text in texts)[0])
     for x, y, text in texts:
         figure.text(
-            x / width, 1 - y / height, text, va="top", family="monospace", linespacing=1.1, parse_math=False,
+            x / width, 1 - y / height, text, va="top", family=families, linespacing=1.1, parse_math=False,
             fontsize=size * 72 / DPI,
         )  # fmt: skip
-    agg.draw()
+    with quiet_matching():
+        agg.draw()
     return np.asarray(agg.buffer_rgba())[..., :3].copy()
 
 

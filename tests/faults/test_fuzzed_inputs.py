@@ -160,7 +160,12 @@ def test_a_report_of_a_spoilt_run(file, data):
 
 @given(data=st.data())
 def test_a_plot_of_a_spoilt_log(data, load_tool):
-    attack(data, load_tool("plot_log"), "run/metrics.jsonl", ["run", "--save", "plot.png"])
+    attack(
+        data,
+        load_tool("plot_log"),
+        "run/metrics.jsonl",
+        ["--figure", "score-gap", "--runs", "run", "--save", "plot.png"],
+    )
 
 
 @pytest.mark.parametrize("file", cases("encode", ENCODER))
