@@ -80,6 +80,7 @@ class StandIns:
             (prompts, "TextEncoder", _UnreadTextEncoder),
             (pretrain, "load_run_prompts", _load_prompts),
             (PromptEmbeddings, "load", _really(PromptEmbeddings.load)),
+            (pretrain, "check_run_folder", _nothing),  # the two parts of a rehearsal have different batches
             (checkpointing, "write_shards", self._write_shards),
             (checkpointing, "read_index", lambda folder: self._indices[folder.name]),
             (checkpointing, "read_shards", _read_shards),
