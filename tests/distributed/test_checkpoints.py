@@ -278,7 +278,7 @@ def test_a_disk_that_is_full_for_one_node_stops_all_before_anything_is_written(r
             if dist.get_rank() == 1:
                 patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
             with pytest.raises(ValueError) as refused:
-                writer.save(Manifest(Progress(1)), {"fake": {"a": Shard.of(torch.zeros(9))}})
+                writer.save(Manifest(Progress(1, 1, 1, 1)), {"fake": {"a": Shard.of(torch.zeros(9))}})
         writer.close()
         return str(refused.value)
 
@@ -327,7 +327,7 @@ def test_a_rank_killed_while_it_saves_takes_the_others_down_and_leaves_the_last_
         initialize_topology()
         writer = CheckpointWriter(tmp_path / "checkpoints", asynchronous=asynchronous)
         state = {"fake": {"a": Shard.of(torch.ones(9))}} if dist.get_rank() == 0 else {}
-        writer.save(Manifest(Progress(1)), state)
+        writer.save(Manifest(Progress(1, 1, 1, 1)), state)
         writer.wait()
         write = torch_dist.dcp.FileSystemWriter.write_data
 
@@ -338,7 +338,7 @@ def test_a_rank_killed_while_it_saves_takes_the_others_down_and_leaves_the_last_
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch_dist.dcp.FileSystemWriter, "write_data", dying)
-            writer.save(Manifest(Progress(2)), state)
+            writer.save(Manifest(Progress(2, 1, 2, 2)), state)
             writer.close()
 
     start = time.monotonic()
