@@ -33,6 +33,7 @@ from megatron_pdmd.planning.device_checks import DeviceChecks
 from megatron_pdmd.planning.skeleton import write_sparse
 from megatron_pdmd.training import checkpointing, trainer
 from megatron_pdmd.training.checkpointing import CheckpointWriter, Manifest, States
+from megatron_pdmd.training.evaluated_samples import EvaluatedSamples
 from megatron_pdmd.training.networks import Networks
 from megatron_pdmd.training.phase import PhaseTrainer, TrainedNetwork
 from megatron_pdmd.training.sharded_state import Shard
@@ -93,6 +94,7 @@ class StandIns:
             (weight_files, "save_file", _save_sparse),
             (weight_files, "check_exportable", _nothing),
             (SampleSheets, "_write", _nothing),
+            (EvaluatedSamples, "write", _nothing),
             (Roles, "run", RepeatedPasses(self._checks.memory).known(Roles.run)),
             (TrainedNetwork, "accumulate", self._inside(self._checks.passes, TrainedNetwork.accumulate)),
             (PhaseTrainer, "_update", self._update_moment(PhaseTrainer._update)),
