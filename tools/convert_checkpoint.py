@@ -30,8 +30,10 @@ from megatron_pdmd.models import from_hf
 from megatron_pdmd.models.lora import adapter_state_dict
 from megatron_pdmd.models.wan import WanConfig
 from megatron_pdmd.training.checkpointing import latest_checkpoint
+from megatron_pdmd.training.fingerprints import check_teacher
 from megatron_pdmd.training.networks import Networks
 from megatron_pdmd.training.outcome import export_run
+from megatron_pdmd.training.start import check_progress
 
 # Largest difference that rounding explains: diffusers rounds bfloat16 latents after every step, and we do not.
 LARGEST_DIFFERENCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
@@ -102,11 +104,8 @@ def load_run(options: ConvertOptions) -> Run:
     schedule = FlowMatchingSchedule(method.timestep_shift)
     plan = PhasePlan.build(method.num_steps, method.phase_steps, schedule, source.boundary_ratio)
     check_options(options, config, source, plan)
-    if not 1 <= checkpoint.progress.phase <= len(plan.phases):
-        raise ValueError(
-            f"{checkpoint.folder}: is in phase {checkpoint.progress.phase}, but the run's config.yaml has "
-            f"{len(plan.phases)}; restore the file that belongs to it"
-        )
+    check_progress(checkpoint, config)
+    check_teacher(options.load, source)
     for phase in plan.phases:
         if _state(phase) not in checkpoint.states:
             raise ValueError(
@@ -122,7 +121,7 @@ def load_run(options: ConvertOptions) -> Run:
     for phase in plan.phases:
         networks.add_expert(phase.index, phase.expert)
         checkpoint.read(_state(phase), networks.expert_state(phase.index))
-    print(f"read {checkpoint.folder}", flush=True)
+    print(f"read {checkpoint.folder}{f' ({checkpoint.remark})' if checkpoint.remark else ''}", flush=True)
     return Run(config, source, schedule, plan, networks, dtype)
 
 

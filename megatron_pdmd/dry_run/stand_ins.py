@@ -33,6 +33,7 @@ from megatron_pdmd.planning.device_checks import DeviceChecks
 from megatron_pdmd.planning.skeleton import write_sparse
 from megatron_pdmd.training import checkpointing, trainer
 from megatron_pdmd.training.checkpointing import CheckpointWriter, Manifest, States
+from megatron_pdmd.training.evaluated_samples import EvaluatedSamples
 from megatron_pdmd.training.networks import Networks
 from megatron_pdmd.training.phase import PhaseTrainer, TrainedNetwork
 from megatron_pdmd.training.sharded_state import Shard
@@ -80,6 +81,7 @@ class StandIns:
             (prompts, "TextEncoder", _UnreadTextEncoder),
             (pretrain, "load_run_prompts", _load_prompts),
             (PromptEmbeddings, "load", _really(PromptEmbeddings.load)),
+            (pretrain, "check_run_folder", _nothing),  # the two parts of a rehearsal have different batches
             (checkpointing, "write_shards", self._write_shards),
             (checkpointing, "read_index", lambda folder: self._indices[folder.name]),
             (checkpointing, "read_shards", _read_shards),
@@ -92,6 +94,7 @@ class StandIns:
             (weight_files, "save_file", _save_sparse),
             (weight_files, "check_exportable", _nothing),
             (SampleSheets, "_write", _nothing),
+            (EvaluatedSamples, "write", _nothing),
             (Roles, "run", RepeatedPasses(self._checks.memory).known(Roles.run)),
             (TrainedNetwork, "accumulate", self._inside(self._checks.passes, TrainedNetwork.accumulate)),
             (PhaseTrainer, "_update", self._update_moment(PhaseTrainer._update)),

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -44,8 +44,7 @@ class Fingerprints:
         else:
             texts = {"text": _digest(prompts)}
             folders += [name for name in ("text_encoder", "tokenizer") if (source.path / name).is_dir()]
-        found = {f"{name}/{path.name}": _digest(path) for name in folders for path in _files(source.path / name)}
-        return cls(found | {"boundary_ratio": str(source.boundary_ratio)}, texts)
+        return cls(_of_folders(source.path, folders) | {"boundary_ratio": str(source.boundary_ratio)}, texts)
 
     def write(self, folder: Path) -> None:
         """Puts them into a run's folder."""
@@ -82,6 +81,32 @@ class Fingerprints:
                 more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
                 found.append(f"{flag} has another {changed[0]}{more} than the run began with")
         return found
+
+
+def check_teacher(run: Path, source: PipelineFolder) -> None:
+    """Refuses a teacher with other networks than the one a run was trained with, where the run has digests of it.
+
+    Args:
+        run: its folder.
+        source: the teacher.
+
+    Raises:
+        ValueError: names a file that differs.
+    """
+    saved = Fingerprints.read(run)
+    if saved is None:
+        return
+    ours = _of_folders(source.path, source.experts.values())
+    theirs = {
+        name: digest for name, digest in saved.teacher.items() if name.partition("/")[0] in source.experts.values()
+    }
+    for name in sorted(ours.keys() | theirs.keys()):
+        if ours.get(name) != theirs.get(name):
+            raise ValueError(f"--load {run}: was trained with another {name} than {source.path} has; give its teacher")
+
+
+def _of_folders(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    return {f"{name}/{path.name}": _digest(path) for name in names for path in _files(folder / name)}
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -70,7 +70,7 @@ def read_index(folder: Path) -> Metadata:
     """What tensors a folder holds and where; their files are there in full length.
 
     Raises:
-        ValueError: the index or a file is missing, damaged, or not of this format.
+        ValueError: the index or a file is missing, damaged, not of this format, or too many.
     """
     path = folder / INDEX
     try:
@@ -94,6 +94,9 @@ def read_index(folder: Path) -> Metadata:
             raise ValueError(
                 f"{folder / name}: is truncated, {size} of {end} bytes are there; resume from another checkpoint"
             )
+    foreign = sorted({path.name for path in folder.glob("*.distcp")} - ends.keys())
+    if foreign:
+        raise ValueError(f"{folder}: {foreign[0]} is in no entry of its {INDEX}; move away what belongs elsewhere")
     return index
 
 

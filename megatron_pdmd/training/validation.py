@@ -12,6 +12,9 @@ from megatron_pdmd.config import Config
 from megatron_pdmd.distillation.randomness import Purpose
 from megatron_pdmd.distillation.roles import Pass, Role
 from megatron_pdmd.distillation.step import NOISE_BINS, Iteration
+from megatron_pdmd.parallel.agreement import together
+from megatron_pdmd.parallel.patience import patient_group
+from megatron_pdmd.training.evaluated_samples import EvaluatedSamples
 from megatron_pdmd.training.fixed_samples import FixedSamples
 from megatron_pdmd.training.sampling import Sampler
 from megatron_pdmd.training.sheets import SampleSheets
@@ -32,6 +35,7 @@ class Validation:
     config: Config
     samples: FixedSamples = field(init=False)
     sheets: SampleSheets = field(init=False)
+    _kept: EvaluatedSamples = field(init=False)
     _phase: int = field(default=0, init=False)
     _last: torch.Tensor | None = field(default=None, init=False)
     _floor: torch.Tensor | None = field(default=None, init=False)
@@ -39,6 +43,7 @@ class Validation:
     def __post_init__(self) -> None:
         self.samples = FixedSamples(self.config)
         self.sheets = SampleSheets(self.config, self.samples)
+        self._kept = EvaluatedSamples(self.config.checkpoint.save)
 
     @torch.no_grad()
     def evaluate(self, sampler: Sampler, iteration: Iteration, number: int, *, draw: bool = True) -> dict[str, float]:
@@ -54,7 +59,7 @@ class Validation:
             On rank 0, means over the samples; elsewhere nothing.
 
             - `sample_distance`: |student - teacher| / |teacher| at t = 0, from the same noise.
-            - `sample_change`: |now - last evaluation| / |last evaluation|; NaN in a phase's or launch's first.
+            - `sample_change`: |now - last evaluation| / |last evaluation|; NaN in a phase's first.
             - `eval_fake_loss`: the fake score's loss on the student's samples at the phase's end, at the middle of each
               bin of noise, and its mean over them.
             - `fake_loss_floor`: the teacher's, on its own samples, at the same times and noise.
@@ -62,12 +67,13 @@ class Validation:
         at_end, student = self.samples.student(sampler)
         teacher = self.samples.teacher(sampler)
         if iteration.phase.index != self._phase:
-            self._phase, self._last = iteration.phase.index, None
+            self._phase, self._last = iteration.phase.index, self._before(sampler, iteration, number)
             self._floor = self._losses(sampler, iteration, "teacher", self._at_end(sampler, iteration, teacher))
         losses = self._losses(sampler, iteration, "fake_score", at_end)
         unknown = torch.full((len(student),), torch.nan)
         moved = unknown if self._last is None else _relative_distance(student, self._last)
         self._last = student
+        self._keep(sampler, iteration, number)
         table = torch.cat([_relative_distance(student, teacher)[:, None], moved[:, None], losses, self._floor], dim=1)
         gathered = sampler.gather(table, len(self.samples.prompts(sampler)))
         if draw:
@@ -78,6 +84,24 @@ class Validation:
         return {"sample_distance": means[0].item(), "sample_change": means[1].item()} | (
             _by_level("eval_fake_loss", means[2 : 2 + NOISE_BINS]) | _by_level("fake_loss_floor", means[-NOISE_BINS:])
         )
+
+    def _before(self, sampler: Sampler, iteration: Iteration, number: int) -> torch.Tensor | None:
+        """This replica's share of the phase's last evaluation, where a launch before this one made it."""
+        samples = self._kept.read(number, iteration.phase.index, self._texts(sampler))
+        if samples is None or tuple(samples.shape[1:]) != tuple(sampler.latent_shape):
+            return None
+        return samples[self._own(sampler)]
+
+    def _keep(self, sampler: Sampler, iteration: Iteration, number: int) -> None:
+        """Keeps the samples for the next launch. Called on all ranks."""
+        texts = self._texts(sampler)
+        samples = sampler.gather(self._last, len(texts))
+        with together(patient_group()):
+            if samples is not None:
+                self._kept.write(number, iteration.phase.index, texts, samples)
+
+    def _texts(self, sampler: Sampler) -> list[str]:
+        return [sampler.prompts.prompts[index] for index in self.samples.prompts(sampler)]
 
     def _at_end(self, sampler: Sampler, iteration: Iteration, samples: torch.Tensor) -> torch.Tensor:
         """Samples at t = 0 with the noise of the phase's end: p(x_s) as the teacher has it."""

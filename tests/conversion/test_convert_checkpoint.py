@@ -6,6 +6,7 @@ import runpy
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,15 +17,14 @@ from megatron_pdmd.arguments import to_yaml
 from megatron_pdmd.config import Config, DataConfig, MethodConfig, ModelConfig
 from megatron_pdmd.conversion.pipeline_folder import read_pipeline
 from megatron_pdmd.models import from_hf
-from megatron_pdmd.training.checkpointing import CheckpointWriter, Manifest, Progress
+from megatron_pdmd.training.checkpointing import Checkpoint, CheckpointWriter, Manifest, Progress
+from megatron_pdmd.training.fingerprints import Fingerprints
 from megatron_pdmd.training.networks import Networks
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
 
 
-def _make_run(
-    folder: Path, teacher: Path, generator: str = "lora", phases: int = 2, broken: float = 0.0
-) -> dict[str, torch.Tensor]:
+def _make_run(folder: Path, teacher: Path, generator: str = "lora", phases: int = 2) -> dict[str, torch.Tensor]:
     """A run folder whose experts differ from the teacher's; returns the first phase's state."""
     method = MethodConfig(timestep_shift=3.0, lora_rank=4, lora_alpha=2.0, generator=generator)
     config = Config(model=ModelConfig(teacher), method=method, data=DataConfig(prompt_length=16, frames=2))
@@ -40,10 +40,9 @@ def _make_run(
         for shard in states[f"generator_phase_{phase}"].values():
             tensor = shard.boxes[0].tensor
             tensor += 0.05 * torch.randn(tensor.shape, generator=random)
-    tensor[(0,) * tensor.ndim] += broken
     writer = CheckpointWriter(folder / "checkpoints")
-    progress = Progress(iteration=3, phase=phases, phase_iteration=1 if phases > 1 else 3, consumed_samples=3)
-    writer.save(Manifest(progress), states)
+    progress = Progress(iteration=3, phase=phases, phase_iteration=1 if phases > 1 else 3, consumed_samples=3 * 64)
+    writer.save(Manifest(progress, seed=42), states)
     writer.close()
     return {name: shard.boxes[0].tensor for name, shard in states["generator_phase_1"].items()}
 
@@ -215,10 +214,45 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_loaded(
 def test_weights_that_are_not_finite_are_not_exported(
     tmp_path: Path, one_expert: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _make_run(tmp_path / "run", one_expert, broken=float("nan"))
+    """They cannot be in a checkpoint, which is refused where it is read; so they come up after that."""
+    _make_run(tmp_path / "run", one_expert)
+    read = Checkpoint.read
+
+    def spoilt(self, state, shards):
+        read(self, state, shards)
+        next(iter(shards.values())).boxes[0].tensor.view(-1)[0] = float("nan")
+
+    monkeypatch.setattr(Checkpoint, "read", spoilt)
     for weights in ("merged", "lora"):
         options = ("--load", tmp_path / "run", "--hf", tmp_path / "hf", "--weights", weights)
         assert _run_tool(monkeypatch, *options) == 2
         error = capsys.readouterr().err
         assert "holds NaN or infinity" in error and error.count("\n") == 1
         assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_another_teacher_or_progress_that_cannot_be_is_not_exported(
+    tmp_path: Path, one_expert: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _make_run(tmp_path / "run", one_expert)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\n")
+    inputs = Fingerprints.of(read_pipeline(one_expert), prompts)
+    inputs.write(tmp_path / "run")
+    options = ("--load", tmp_path / "run", "--hf", tmp_path / "hf")
+    name = next(name for name in inputs.teacher if name.endswith(".safetensors"))
+    replace(inputs, teacher=inputs.teacher | {name: "0"}).write(tmp_path / "run")
+    assert _run_tool(monkeypatch, *options) == 2
+    assert f"was trained with another {name} than {one_expert} has; give its teacher" in capsys.readouterr().err
+    inputs.write(tmp_path / "run")
+    manifest = next((tmp_path / "run").rglob("metadata.json"))
+    good = manifest.read_text()
+    for old, new in (('"phase": 2', '"phase": 99'), ('"consumed_samples": 192', '"consumed_samples": 191')):
+        manifest.write_text(good.replace(old, new))
+        assert good != manifest.read_text()
+        assert _run_tool(monkeypatch, *options) == 2
+        error = capsys.readouterr().err
+        assert str(manifest) in error and error.count("\n") == 1
+    assert not (tmp_path / "hf").exists()
+    manifest.write_text(good)
+    assert _run_tool(monkeypatch, *options) == 0

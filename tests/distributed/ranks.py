@@ -7,6 +7,7 @@ through a file, not a port. The first rank to fail takes the others down at once
 import datetime
 import gc
 import math
+import multiprocessing
 import os
 import signal
 import sys
@@ -70,6 +71,7 @@ def _run_rank(
 ) -> None:
     """Be one rank. Never returns: the child must not unwind into the parent's test session."""
     exit_code = 1
+    inherited = set(multiprocessing.active_children())
     gc.freeze()
     try:
         signal.alarm(math.ceil(timeout) + 1)  # ends the rank even if its parent is gone
@@ -88,6 +90,9 @@ def _run_rank(
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
+        for child in set(multiprocessing.active_children()) - inherited:  # megatron-core's writers would outlive us
+            child.kill()
+            child.join()
         os._exit(exit_code)
 
 

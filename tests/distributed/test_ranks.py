@@ -1,5 +1,6 @@
 """The harness itself: results by rank, and failures that neither hang nor go unnoticed."""
 
+import multiprocessing
 import os
 import signal
 import time
@@ -56,6 +57,17 @@ def test_the_first_failure_is_reported_not_the_ones_it_causes(run_ranks):
 
     with pytest.raises(RuntimeError, match=r"rank 1 failed:(.|\n)*the cause"):
         run_ranks(fail_then_collective, 2)
+
+
+def test_a_ranks_own_processes_end_with_it(run_ranks):
+    def spawn() -> int:
+        child = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(600,))
+        child.start()
+        return child.pid
+
+    for pid in run_ranks(spawn, 2):
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
 
 
 def test_a_killed_rank_and_a_hanging_rank_are_failures(run_ranks):

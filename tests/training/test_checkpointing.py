@@ -434,6 +434,13 @@ def test_a_missing_file_is_refused(tmp_path, name):
         latest_checkpoint(tmp_path)
 
 
+def test_a_file_of_another_checkpoint_is_refused(tmp_path):
+    folder = save(tmp_path, 1)
+    shutil.copy(folder / "__0_0.distcp", folder / "__1_0.distcp")
+    with pytest.raises(ValueError, match=r"iter_0000001: __1_0.distcp is in no entry of its .metadata; move away"):
+        latest_checkpoint(tmp_path)
+
+
 @pytest.mark.parametrize("size", [0, 4, 1000])
 def test_a_truncated_file_is_refused(tmp_path, size):
     path = save(tmp_path, 1) / "__0_0.distcp"

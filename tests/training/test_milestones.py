@@ -22,9 +22,7 @@ def drawn(run: Path) -> dict[str, bytes]:
 
 
 def evaluations(run: Path) -> list[dict]:
-    """All but how far the samples moved since the last evaluation, which a launch's first one does not know."""
-    rows = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name != "sample_change"} for row in rows]
+    return [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -133,3 +131,30 @@ def test_a_signal_during_the_last_sheet_stops_before_the_export(rank, watched, l
     assert run_ranks(lambda: launch(run, *SHORT, *WATCHED, "--export", sheets=True), 2, timeout=100) == [0, 0]
     assert (run / "hf" / "model_index.json").is_file() and (run / "summary.json").is_file()
     assert drawn(run) == before
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_evaluations_know_what_the_last_launch_found(ranks, launch, run_ranks, tmp_path):
+    """To the bit, after a stop at every iteration; those of another phase or of other prompts are not compared with."""
+    flags = ("--train-iters", "3,2", "--fake-updates", "1", "--save-interval", "0", "--keep-last", "1")
+    flags += ("--eval-interval", "1", "--eval-samples", "3")
+
+    def run(*arguments) -> set[int]:
+        return set(run_ranks(lambda: launch(*arguments), 2, timeout=100)) if ranks == 2 else {launch(*arguments)}
+
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run(whole, *flags) == {0}
+    for _ in range(5):
+        assert run(parts, *flags, "--exit-interval", "1") == {3}
+    assert run(parts, *flags) == {0}
+    assert evaluations(parts) == evaluations(whole)
+    assert [row["iteration"] for row in evaluations(whole) if row["sample_change"] is None] == [1, 4]
+    kept = sorted(path.name for path in (parts / "evaluations").iterdir())
+    assert kept == ["iter_0000004.safetensors", "iter_0000005.safetensors"]
+    if ranks == 1:
+        more = ("--train-iters", "3,3")
+        assert run(parts, *flags, *more, "--eval-samples", "2") == {0}
+        assert evaluations(parts)[-1]["sample_change"] is None
+        (whole / "evaluations" / "iter_0000005.safetensors").write_bytes(b"\xff" * 100)
+        assert run(whole, *flags, *more) == {0}
+        assert evaluations(whole)[-1]["sample_change"] is None
