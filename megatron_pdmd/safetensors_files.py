@@ -128,7 +128,7 @@ def read_model_headers(folder: Path, stem: str) -> dict[Path, dict[str, StoredTe
         if not single.is_file():
             raise ValueError(f"{folder}: neither {single.name} nor {index.name} is there; is the download complete?")
         return {single: read_header(single)}
-    weight_map = _read_weight_map(index)
+    weight_map = read_weight_map(index)
     headers = {folder / name: read_header(folder / name) for name in sorted(set(weight_map.values()))}
     held: dict[str, str] = {}
     for path, header in headers.items():
@@ -153,8 +153,12 @@ def read_model_header(folder: Path, stem: str) -> dict[str, StoredTensor]:
     return {name: tensor for header in read_model_headers(folder, stem).values() for name, tensor in header.items()}
 
 
-def _read_weight_map(index: Path) -> dict[str, str]:
-    """Tensor -> name of its file, a plain one that lies in the index's own folder."""
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Tensor -> name of its file, a plain one that lies in the index's own folder.
+
+    Raises:
+        ValueError: no index, or one that names something else.
+    """
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index}: has no weight_map of tensor names to file names; get the index again")

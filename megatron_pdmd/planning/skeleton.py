@@ -13,11 +13,12 @@ from typing import Any
 import torch
 
 from megatron_pdmd.conversion.pipeline_folder import TRANSFORMERS
+from megatron_pdmd.documents import read_json_object
 from megatron_pdmd.models.lora import base_parameters
 from megatron_pdmd.models.wan.config import WanConfig
 from megatron_pdmd.models.wan.model import WanModel
 from megatron_pdmd.parallel.cpu import without_cuda
-from megatron_pdmd.safetensors_files import DIFFUSERS_STEM
+from megatron_pdmd.safetensors_files import DIFFUSERS_STEM, read_weight_map
 
 Shapes = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
@@ -52,7 +53,7 @@ def complete_folder(source: Path, destination: Path) -> Path:
         `destination`.
 
     Raises:
-        ValueError: a transformer's config.json cannot be read.
+        ValueError: a transformer's config.json or an index cannot be read.
     """
     destination.mkdir()
     for part in sorted(source.iterdir()):
@@ -70,12 +71,8 @@ def complete_folder(source: Path, destination: Path) -> Path:
 
 
 def _index_of_what_is_there(path: Path) -> str:
-    text = path.read_text(encoding="utf-8")
-    try:
-        index = json.loads(text)
-        models = [name for name in index if name in ("vae", "text_encoder", "image_encoder")]
-    except (ValueError, TypeError):
-        return text  # told by who reads the folder
+    index = read_json_object(path)
+    models = [name for name in index if name in ("vae", "text_encoder", "image_encoder")]
     absent = [name for name in models if not any((path.parent / name).glob("*.safetensors"))]
     return json.dumps(index | {name: [None, None] for name in absent})
 
@@ -85,12 +82,9 @@ def _complete_model(folder: Path) -> None:
     if not config.is_file():
         return  # told by who reads the folder
     if index.is_file():
-        try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            missing = {name for name in weight_map.values() if not (folder / Path(name).name).exists()}
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return
-        files = {name: {t for t, where in weight_map.items() if where == name} for name in missing}
+        weight_map = read_weight_map(index)
+        missing = {name for name in weight_map.values() if not (folder / name).exists()}
+        files = {name: {tensor for tensor, where in weight_map.items() if where == name} for name in missing}
     elif any(folder.glob("*.safetensors")):
         return
     else:
@@ -99,7 +93,7 @@ def _complete_model(folder: Path) -> None:
         shapes = model_shapes(config)
         for name, tensors in files.items():
             own = {tensor: shape for tensor, shape in shapes.items() if tensors is None or tensor in tensors}
-            write_sparse(folder / Path(name).name, own)
+            write_sparse(folder / name, own)
 
 
 def model_shapes(config: Path) -> Shapes:
@@ -108,10 +102,7 @@ def model_shapes(config: Path) -> Shapes:
     Raises:
         ValueError: no configuration of a model that is known here.
     """
-    try:
-        model_config = WanConfig.from_hf(json.loads(config.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise ValueError(f"{config}: {error}") from None
+    model_config = WanConfig.read(config)
     with without_cuda(), torch.device("meta"):
         model = WanModel(model_config, dtype=torch.bfloat16)
     return {name: (parameter.dtype, tuple(parameter.shape)) for name, parameter in base_parameters(model)}
