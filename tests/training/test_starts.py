@@ -1,5 +1,6 @@
 """Starts that fail leave no trace, starts beside another launch touch nothing, and a start knows a run's own inputs."""
 
+import errno
 import json
 import os
 import shutil
@@ -38,7 +39,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def fail(*_, **__):
-    raise ValueError("it does not work")
+    raise PermissionError(errno.EACCES, "it does not work", "somewhere")
 
 
 @pytest.mark.parametrize("made", [False, True], ids=["new", "empty"])
@@ -200,11 +201,9 @@ def test_a_folder_among_checkpoints_is_refused(place, finished, launch, capsys):
 def test_a_folder_that_cannot_be_is_refused(launch, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert "--save" in refused(launch, capsys, tmp_path / "file" / "run", *SHORT)
-    assert "bytes" in refused(launch, capsys, tmp_path / ("x" * 256), *SHORT)
-    assert "--save" in refused(launch, capsys, tmp_path / ("x" * 256) / "run", *SHORT)
-    assert "null byte" in refused(launch, capsys, tmp_path / "a\0b", *SHORT)
-    for name in ("x" * 256, "a\0b"):
-        assert "no run there" in refused(launch, capsys, tmp_path / "run", *SHORT, "--load", str(tmp_path / name))
+    for name in ("x" * 256, "x" * 256 + "/run", "a\0b"):
+        assert "--save" in refused(launch, capsys, tmp_path / name, *SHORT)
+        assert "--load" in refused(launch, capsys, tmp_path / "run", *SHORT, "--load", str(tmp_path / name))
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
