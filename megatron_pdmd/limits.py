@@ -27,7 +27,7 @@ class Range:
 
 _ITERATIONS = 10**7
 _MINUTES = 10**7
-_RATE = Range(0, 1, open_below=True)
+_RATE = Range(0, 10, open_below=True)
 _SHARE = Range(0, 1, open_above=True)
 
 # By the name of the option in config.py.
@@ -51,7 +51,7 @@ LIMITS = {
     "adam_beta2": _SHARE,
     "adam_eps": Range(0, 1),
     "weight_decay": Range(0, 100),
-    "clip_grad": Range(0, 10**6),
+    "clip_grad": Range(0, 10**12),
     "lr_warmup_iters": Range(0, _ITERATIONS),
     "lr_warmup_init": Range(0, 1),
     "lr_decay_iters": Range(0, _ITERATIONS),

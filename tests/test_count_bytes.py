@@ -70,7 +70,7 @@ def test_mistakes_are_one_line(count, capsys, flags, words):
         (["--tensor-model-parallel-sizes", "1,0"], "--tensor-model-parallel-sizes 0: must lie in [1, 1024]"),
         (["--data-parallel-size", "1000000000000"], "--data-parallel-size 1000000000000: must lie in [1, 1024]"),
         (["--lora-rank", "0"], "--lora-rank 0: must lie in [1, 8192]"),
-        (["--json", "/dev/null/a.json"], "--json /dev/null/a.json: "),
+        (["--json", "/dev/null/a.json"], "--json /dev/null: /dev/null is a file"),
     ],
     ids=lambda flags: flags[0] if isinstance(flags, list) else "",
 )

@@ -94,7 +94,8 @@ def read_index(folder: Path) -> Metadata:
             raise ValueError(
                 f"{folder / name}: is truncated, {size} of {end} bytes are there; resume from another checkpoint"
             )
-    foreign = sorted({path.name for path in folder.glob("*.distcp")} - ends.keys())
+    # A rank that had nothing to write leaves an empty file.
+    foreign = sorted(path.name for path in folder.glob("*.distcp") if path.name not in ends and path.stat().st_size)
     if foreign:
         raise ValueError(f"{folder}: {foreign[0]} is in no entry of its {INDEX}; move away what belongs elsewhere")
     return index

@@ -141,7 +141,19 @@ def test_weights_that_are_not_finite_are_not_saved(asynchronous, launch, run_ran
 
 def test_a_rate_without_bounds_ends_with_one_and_exports_nothing(launch, tmp_path, capsys):
     run = tmp_path / "run"
-    flags = ("--lr", "1", "--fake-lr", "1", "--weight-decay", "1e39", "--clip-grad", "0", "--export")
+    flags = (
+        "--lr",
+        "10",
+        "--fake-lr",
+        "10",
+        "--weight-decay",
+        "100",
+        "--fake-updates",
+        "5",
+        "--clip-grad",
+        "0",
+        "--export",
+    )
     assert launch(run, *flags, "--max-skipped-updates", "2") == 1
     assert capsys.readouterr().err.count("\n") == 1
     assert not (run / "hf").exists() and not (run / "summary.json").exists()
