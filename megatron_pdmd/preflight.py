@@ -105,7 +105,6 @@ def check(config: Config) -> Plan:
     if config.evaluation.task == "moving_digits":
         load_classifier(config.evaluation.task_folder / "classifier.safetensors")
         load_heldout_digits(config.evaluation.task_folder / "heldout_digits.png")
-    if config.evaluation.task == "moving_digits":
         check_measurable(texts, latent_shape, config.evaluation.clips)
     inputs = Fingerprints.of(source, config.data.prompts)
     remarks = check_run_folder(config, inputs)
