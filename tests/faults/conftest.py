@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, Phase, settings
 
 _COMMON = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
 settings.register_profile("quick", max_examples=3, derandomize=True, phases=[Phase.generate], **_COMMON)
-settings.register_profile("thorough", max_examples=40, phases=[Phase.generate], **_COMMON)
+settings.register_profile("thorough", max_examples=25, phases=[Phase.generate], **_COMMON)
 if settings.get_current_profile_name() not in ("quick", "thorough"):
     settings.load_profile("quick")
 
