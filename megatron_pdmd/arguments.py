@@ -8,8 +8,8 @@ from typing import Any, get_type_hints
 import yaml
 
 from megatron_pdmd.config import CommandLine, Config, FlatCommandLine, LaunchConfig
-from megatron_pdmd.documents import read_yaml
 from megatron_pdmd.errors import parse_options
+from megatron_pdmd.files.documents import read_yaml
 from megatron_pdmd.limits import check_limits, shown
 from megatron_pdmd.options import convert, nearest
 

@@ -24,19 +24,19 @@ from megatron_pdmd.errors import require_space, user_errors
 from megatron_pdmd.evaluation.clip_classifier import load_classifier
 from megatron_pdmd.evaluation.heldout_digits import load_heldout_digits
 from megatron_pdmd.evaluation.moving_digits_report import check_measurable
-from megatron_pdmd.files import check_destination
+from megatron_pdmd.files.safetensors_files import DIFFUSERS_STEM, TRANSFORMERS_STEM, require_finite_model
+from megatron_pdmd.files.whole import check_destination
 from megatron_pdmd.models.layers.attention import attention_backend
 from megatron_pdmd.models.wan import check_layout
 from megatron_pdmd.options import convert
 from megatron_pdmd.parallel.topology import check_sizes
-from megatron_pdmd.safetensors_files import DIFFUSERS_STEM, TRANSFORMERS_STEM, require_finite_model
-from megatron_pdmd.training.disk_space import least_bytes
-from megatron_pdmd.training.fingerprints import Fingerprints
+from megatron_pdmd.training.checkpoints.start import find_start
+from megatron_pdmd.training.logs.wandb_log import check_wandb
 from megatron_pdmd.training.phase import fitting_ranks
-from megatron_pdmd.training.run_folder import check_run_folder
-from megatron_pdmd.training.run_lock import check_unlocked
-from megatron_pdmd.training.start import find_start
-from megatron_pdmd.training.wandb_log import check_wandb
+from megatron_pdmd.training.run_folders.disk_space import least_bytes
+from megatron_pdmd.training.run_folders.fingerprints import Fingerprints
+from megatron_pdmd.training.run_folders.run_folder import check_run_folder
+from megatron_pdmd.training.run_folders.run_lock import check_unlocked
 from pdmd_kernels import available_backends
 
 

@@ -23,18 +23,18 @@ from megatron_pdmd.models import from_hf
 from megatron_pdmd.parallel.agreement import together
 from megatron_pdmd.parallel.topology import Topology, destroy_topology, initialize_topology
 from megatron_pdmd.preflight import Plan, prepare
-from megatron_pdmd.training.announcements import layout_line, resume_line, tell
-from megatron_pdmd.training.checkpointing import latest_checkpoint
-from megatron_pdmd.training.manifest import CheckpointError
+from megatron_pdmd.training.checkpoints.checkpointing import latest_checkpoint
+from megatron_pdmd.training.checkpoints.manifest import CheckpointError
+from megatron_pdmd.training.checkpoints.start import find_start
+from megatron_pdmd.training.logs.announcements import layout_line, resume_line, tell
+from megatron_pdmd.training.logs.wandb_log import WandbLog
 from megatron_pdmd.training.networks import Networks
 from megatron_pdmd.training.not_finite import NotFiniteError
 from megatron_pdmd.training.outcome import evaluate_moving_digits, export_run, phase_summaries, write_summary
 from megatron_pdmd.training.phase import check_batch
-from megatron_pdmd.training.run_folder import RunFolder, check_run_folder, claim_run_folder
-from megatron_pdmd.training.run_log import cut_log
-from megatron_pdmd.training.start import find_start
+from megatron_pdmd.training.run_folders.run_folder import RunFolder, check_run_folder, claim_run_folder
+from megatron_pdmd.training.run_folders.run_log import cut_log
 from megatron_pdmd.training.trainer import Trainer
-from megatron_pdmd.training.wandb_log import WandbLog
 from pdmd_kernels import use_backend
 
 STOPPED_ON_REQUEST = 3

@@ -7,27 +7,25 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 GROUND = {"config", "pdmd_kernels"}
-GROUND |= {"errors", "documents", "files", "limits", "options", "environment", "safetensors_files"}
+GROUND |= {"errors", "files", "limits", "options", "environment"}
 MAY_IMPORT = {
     "pdmd_kernels": set(),
     "config": {"options"},
     "errors": {"files", "options"},
-    "documents": set(),
-    "files": set(),
+    "files": {"limits"},
     "limits": set(),
     "options": {"limits"},
     "environment": {"limits"},
     "launch": {"environment", "errors"},
-    "safetensors_files": {"documents", "limits"},
     "diffusion": {"config", "pdmd_kernels"},
     "parallel": {"config", "errors", "environment"},
     "distillation": {"config", "pdmd_kernels", "diffusion", "parallel"},
-    "models": {"config", "pdmd_kernels", "parallel", "documents", "limits", "safetensors_files"},
+    "models": {"config", "pdmd_kernels", "parallel", "files", "limits"},
 }
 STANDING_ABOVE = {"data", "conversion", "evaluation", "planning"}
 BELOW = {*GROUND, "diffusion", "distillation", "models", "parallel"}
 MAY_IMPORT |= {name: BELOW | STANDING_ABOVE for name in STANDING_ABOVE}
-MAY_IMPORT["arguments"] = {"config", "errors", "documents", "limits", "options", "environment"}
+MAY_IMPORT["arguments"] = {"config", "errors", "files", "limits", "options", "environment"}
 MAY_IMPORT["training"] = BELOW | STANDING_ABOVE | {"arguments"}
 MAY_IMPORT["preflight"] = MAY_IMPORT["training"] | {"training"}
 MAY_IMPORT["pretrain"] = MAY_IMPORT["preflight"] | {"preflight"}
@@ -36,15 +34,15 @@ MAY_IMPORT["dry_run"] = MAY_IMPORT["pretrain"] | {"pretrain"}
 # Optional packages stay behind one door each.
 ONE_FILE_EACH = {
     "transformer_engine": {"megatron_pdmd/models/layers/transformer_engine.py"},
-    "apex": {"megatron_pdmd/training/optimizer.py"},
+    "apex": {"megatron_pdmd/training/optimizers/optimizer.py"},
     "flash_attn": {"megatron_pdmd/models/layers/flash_attention.py"},
     "transformers": {"megatron_pdmd/data/text_encoder.py"},
-    "wandb": {"megatron_pdmd/training/wandb_log.py"},
+    "wandb": {"megatron_pdmd/training/logs/wandb_log.py"},
 }
 
 
 # The one unpickler, of the index of a checkpoint: it knows the index's classes alone.
-UNPICKLERS = {"megatron_pdmd/training/torch_dist.py": {"pickle.Unpickler", "pickle.UnpicklingError"}}
+UNPICKLERS = {"megatron_pdmd/training/checkpoints/torch_dist.py": {"pickle.Unpickler", "pickle.UnpicklingError"}}
 
 
 def sources() -> list[Path]:

@@ -13,7 +13,7 @@ import yaml
 
 from megatron_pdmd import pretrain
 from megatron_pdmd.launch import Place
-from megatron_pdmd.training.checkpointing import latest_checkpoint
+from megatron_pdmd.training.checkpoints.checkpointing import latest_checkpoint
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "examples" / "pretrain_phased_dmd.sh"

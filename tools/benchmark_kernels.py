@@ -32,7 +32,7 @@ from torch import Tensor
 
 import pdmd_kernels
 from megatron_pdmd.errors import parse_options, user_errors
-from megatron_pdmd.files import check_file_destination, check_writable, write_json
+from megatron_pdmd.files.whole import check_file_destination, check_writable, write_json
 from megatron_pdmd.limits import check_range, shown
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

@@ -25,7 +25,6 @@ from plain_iteration import PlainDistillation
 from rich.console import Console
 from rich.table import Table
 
-from megatron_pdmd import files
 from megatron_pdmd.config import Config, DataConfig, MethodConfig, TrainingConfig
 from megatron_pdmd.conversion.pipeline_folder import PipelineFolder, read_pipeline
 from megatron_pdmd.data.prompts import PromptEmbeddings
@@ -34,7 +33,8 @@ from megatron_pdmd.diffusion.phases import PhasePlan
 from megatron_pdmd.distillation.roles import Pass, Roles
 from megatron_pdmd.distillation.step import Iteration
 from megatron_pdmd.errors import parse_options, user_errors
-from megatron_pdmd.files import check_file_destination, written_whole
+from megatron_pdmd.files.whole import check_file_destination, written_whole
+from megatron_pdmd.files.whole import whole as files
 from megatron_pdmd.limits import check_range
 from megatron_pdmd.models import WanConfig, adapter_state_dict, from_hf
 from megatron_pdmd.parallel import destroy_topology, initialize_topology

@@ -25,15 +25,15 @@ from megatron_pdmd.diffusion.phases import Phase, PhasePlan, deployment_boundary
 from megatron_pdmd.diffusion.sampler import sample
 from megatron_pdmd.distillation.randomness import Counter, Purpose
 from megatron_pdmd.errors import parse_options, user_errors
-from megatron_pdmd.files import check_destination
+from megatron_pdmd.files.whole import check_destination
 from megatron_pdmd.models import from_hf
 from megatron_pdmd.models.lora import adapter_state_dict
 from megatron_pdmd.models.wan import WanConfig
-from megatron_pdmd.training.checkpointing import latest_checkpoint
-from megatron_pdmd.training.fingerprints import check_teacher
+from megatron_pdmd.training.checkpoints.checkpointing import latest_checkpoint
+from megatron_pdmd.training.checkpoints.start import check_progress
 from megatron_pdmd.training.networks import Networks
 from megatron_pdmd.training.outcome import export_run
-from megatron_pdmd.training.start import check_progress
+from megatron_pdmd.training.run_folders.fingerprints import check_teacher
 
 # Largest difference that rounding explains: diffusers rounds bfloat16 latents after every step, and we do not.
 LARGEST_DIFFERENCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}

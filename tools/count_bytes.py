@@ -18,15 +18,15 @@ from rich.table import Table
 
 from megatron_pdmd.config import Ints
 from megatron_pdmd.errors import parse_options, user_errors
-from megatron_pdmd.files import check_file_destination, write_json
+from megatron_pdmd.files.whole import check_file_destination, write_json
 from megatron_pdmd.limits import check_limits, check_range, shown
 from megatron_pdmd.models import lora
 from megatron_pdmd.models.layers.tensor_parallel import partition_dim
 from megatron_pdmd.models.wan.config import WAN_PRESETS
 from megatron_pdmd.models.wan.model import WanModel
 from megatron_pdmd.parallel import data_parallel, destroy_topology, initialize_topology, without_cuda
-from megatron_pdmd.training.optimizer import build_optimizer
-from megatron_pdmd.training.sharded_state import Shard, parameter_shard
+from megatron_pdmd.training.checkpoints.sharded_state import Shard, parameter_shard
+from megatron_pdmd.training.optimizers.optimizer import build_optimizer
 
 MOST_RANKS = 1024  # along an axis; every one of their groups is made
 

@@ -22,7 +22,7 @@ from megatron_pdmd.config import Config
 from megatron_pdmd.distillation.step import Iteration
 from megatron_pdmd.environment import check_rank_variables
 from megatron_pdmd.errors import user_errors
-from megatron_pdmd.files import check_file_destination, write_json
+from megatron_pdmd.files.whole import check_file_destination, write_json
 from megatron_pdmd.models import WanModel
 from megatron_pdmd.options import convert
 from megatron_pdmd.parallel.communication import CommunicationCounter, Volume

@@ -21,7 +21,7 @@ from megatron_pdmd.arguments import from_here, load_recipe
 from megatron_pdmd.config import Config
 from megatron_pdmd.data.prompts import PromptEmbeddings
 from megatron_pdmd.errors import parse_options, user_errors
-from megatron_pdmd.files import check_file_destination, write_json
+from megatron_pdmd.files.whole import check_file_destination, write_json
 from megatron_pdmd.limits import LIMITS, check_limits, check_range
 from megatron_pdmd.models.wan.config import WAN_PRESETS
 from megatron_pdmd.planning.skeleton import preset_folder

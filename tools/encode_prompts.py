@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from megatron_pdmd.data.prompts import encode_shards, holds_prompts, read_prompts, write_prompts
 from megatron_pdmd.data.text_encoder import LONGEST_PROMPT, TextEncoder
 from megatron_pdmd.errors import parse_options, user_errors
-from megatron_pdmd.files import check_destination
+from megatron_pdmd.files.whole import check_destination
 
 
 @dataclass(frozen=True)

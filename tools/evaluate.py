@@ -20,7 +20,7 @@ from megatron_pdmd.evaluation.moving_digits_report import clip_features, evaluat
 from megatron_pdmd.evaluation.run_files import all_finite
 from megatron_pdmd.evaluation.run_report import evaluation_table
 from megatron_pdmd.evaluation.samples import load_samples
-from megatron_pdmd.files import check_file_destination, write_json
+from megatron_pdmd.files.whole import check_file_destination, write_json
 from megatron_pdmd.limits import check_limits
 
 TINY_WAN = Path(__file__).resolve().parents[1] / "examples" / "tiny_wan"

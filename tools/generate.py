@@ -51,7 +51,7 @@ from megatron_pdmd.distillation.randomness import Counter, Purpose
 from megatron_pdmd.errors import parse_options, require_space, user_errors
 from megatron_pdmd.evaluation.samples import LATENTS_FILE, PROMPTS_FILE
 from megatron_pdmd.evaluation.sheets import mp4_available, save_animation, save_contact_sheet
-from megatron_pdmd.files import check_destination, replaced_whole, write_text
+from megatron_pdmd.files.whole import check_destination, replaced_whole, write_text
 from megatron_pdmd.limits import LIMITS, check_limits, check_range
 
 SHEET, SHEET_PROMPTS, ANIMATIONS = "sheet.png", "sheet.txt", ("samples.gif", "samples.mp4")

@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_pdmd.errors import parse_options, user_errors
-from megatron_pdmd.files import check_file_destination, write_json
+from megatron_pdmd.files.whole import check_file_destination, write_json
 from megatron_pdmd.limits import shown
 
 CUDA_SOURCE = Path(__file__).resolve().parents[1] / "kernels" / "csrc" / "cuda" / "adamw_beta1_zero.cu"

@@ -19,7 +19,7 @@ from megatron_pdmd.distillation.step import NOISE_BINS
 from megatron_pdmd.errors import parse_options, user_errors
 from megatron_pdmd.evaluation.run_files import Row, read_metrics
 from megatron_pdmd.evaluation.run_report import running_mean
-from megatron_pdmd.files import check_file_destination, written_whole
+from megatron_pdmd.files.whole import check_file_destination, written_whole
 
 LARGEST_SHEET = 2**16  # pixels
 MOST_RUNS = 20

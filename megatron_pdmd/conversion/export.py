@@ -16,10 +16,10 @@ from megatron_pdmd.conversion.pipeline_folder import TRANSFORMERS, PipelineFolde
 from megatron_pdmd.conversion.weight_files import WeightFile, plan_files, write_index
 from megatron_pdmd.conversion.writers import Writers
 from megatron_pdmd.errors import require_space
-from megatron_pdmd.files import begin_folder, drop_folder, finish_folder, unfinished, write_json, write_text
+from megatron_pdmd.files.safetensors_files import DIFFUSERS_STEM, read_model_header
+from megatron_pdmd.files.whole import begin_folder, drop_folder, finish_folder, unfinished, write_json, write_text
 from megatron_pdmd.models.lora import WholeTensor
 from megatron_pdmd.parallel.agreement import together
-from megatron_pdmd.safetensors_files import DIFFUSERS_STEM, read_model_header
 
 _NEVER_COPIED = shutil.ignore_patterns("*.py", "*.pyc", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", ".*")
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_pdmd.documents import read_json_object
+from megatron_pdmd.files.documents import read_json_object
 
 SAMPLING_FILE = "few_step_sampling.json"
 FORMAT = "megatron-pdmd-few-step"

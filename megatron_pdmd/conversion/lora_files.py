@@ -17,7 +17,7 @@ from typing import Literal
 
 import torch
 
-from megatron_pdmd.safetensors_files import read_tensors, require_finite
+from megatron_pdmd.files.safetensors_files import read_tensors, require_finite
 
 LoraFormat = Literal["diffusers", "comfyui", "lightx2v"]
 _DOWN, _UP = ".lora_A.weight", ".lora_B.weight"

@@ -14,10 +14,10 @@ from megatron_pdmd.conversion.lora_card import lora_card
 from megatron_pdmd.conversion.lora_files import LoraFormat, lora_tensors
 from megatron_pdmd.conversion.pipeline_folder import TRANSFORMERS, PipelineFolder
 from megatron_pdmd.conversion.weight_files import check_exportable
-from megatron_pdmd.documents import read_json_object
 from megatron_pdmd.errors import require_space
-from megatron_pdmd.files import replaced_whole, synchronise, write_json, write_text
-from megatron_pdmd.safetensors_files import read_header
+from megatron_pdmd.files.documents import read_json_object
+from megatron_pdmd.files.safetensors_files import read_header
+from megatron_pdmd.files.whole import replaced_whole, synchronise, write_json, write_text
 
 MANIFEST = "lora_files.json"
 _FORMAT = "megatron-pdmd-loras"

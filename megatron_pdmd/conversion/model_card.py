@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from megatron_pdmd.conversion.few_step_sampling import FewStepSampling
 from megatron_pdmd.conversion.pipeline_folder import TRANSFORMERS, PipelineFolder
-from megatron_pdmd.documents import read_json_object
+from megatron_pdmd.files.documents import read_json_object
 
 _CARD = """\
 ---

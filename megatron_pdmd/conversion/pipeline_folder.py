@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_pdmd.documents import read_json_object
+from megatron_pdmd.files.documents import read_json_object
+from megatron_pdmd.files.safetensors_files import DIFFUSERS_STEM, TRANSFORMERS_STEM, read_model_header
 from megatron_pdmd.limits import shown
 from megatron_pdmd.models.loading import read_model_folder
 from megatron_pdmd.models.wan.config import WanConfig
-from megatron_pdmd.safetensors_files import DIFFUSERS_STEM, TRANSFORMERS_STEM, read_model_header
 
 HIGH_NOISE, LOW_NOISE, SINGLE = "high_noise", "low_noise", "single"
 TRANSFORMERS = ("transformer", "transformer_2")  # in the order in which sampling uses them

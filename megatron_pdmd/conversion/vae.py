@@ -8,16 +8,16 @@ from typing import Any
 import torch
 
 from megatron_pdmd.conversion.pipeline_folder import PipelineFolder
-from megatron_pdmd.documents import read_json_object
 from megatron_pdmd.errors import library_reason
-from megatron_pdmd.limits import shown
-from megatron_pdmd.safetensors_files import (
+from megatron_pdmd.files.documents import read_json_object
+from megatron_pdmd.files.safetensors_files import (
     DIFFUSERS_STEM,
     StoredTensor,
     read_model_header,
     require_finite,
     require_tensors,
 )
+from megatron_pdmd.limits import shown
 
 _CLASS = "AutoencoderKLWan"
 _CHANNELS = 16  # where its config.json does not say

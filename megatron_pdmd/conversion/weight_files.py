@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from megatron_pdmd.files import synchronise, write_json
+from megatron_pdmd.files.safetensors_files import DIFFUSERS_STEM, is_finite
+from megatron_pdmd.files.whole import synchronise, write_json
 from megatron_pdmd.models.lora import WholeTensor
-from megatron_pdmd.safetensors_files import DIFFUSERS_STEM, is_finite
 
 
 @dataclass(frozen=True)

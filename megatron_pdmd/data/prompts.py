@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_pdmd.data.text_encoder import TextEncoder
-from megatron_pdmd.documents import read_json_object
-from megatron_pdmd.files import replaced_whole, write_json
-from megatron_pdmd.safetensors_files import READ_AT_LAUNCH, read_tensors, require_finite
+from megatron_pdmd.files.documents import read_json_object
+from megatron_pdmd.files.safetensors_files import READ_AT_LAUNCH, read_tensors, require_finite
+from megatron_pdmd.files.whole import replaced_whole, write_json
 
 _INDEX = "prompts.json"
 _FORMAT = "megatron-pdmd-prompts"

@@ -20,10 +20,10 @@ from megatron_pdmd.data.prompts import (
 from megatron_pdmd.data.text_encoder import TextEncoder, clean_prompt
 from megatron_pdmd.data.umt5 import read_umt5_config
 from megatron_pdmd.errors import require_space
+from megatron_pdmd.files.safetensors_files import TRANSFORMERS_STEM, read_model_header
 from megatron_pdmd.parallel.agreement import together
 from megatron_pdmd.parallel.patience import patient_group
 from megatron_pdmd.parallel.topology import Topology
-from megatron_pdmd.safetensors_files import TRANSFORMERS_STEM, read_model_header
 
 FOLDER = "prompts"  # in the run's folder
 _SHARD_SIZE = 4 * ENCODING_BATCH  # after each of which the ranks that wait hear of rank 0

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from megatron_pdmd.data.umt5 import read_umt5_config
-from megatron_pdmd.documents import read_json_object
 from megatron_pdmd.errors import library_reason
-from megatron_pdmd.safetensors_files import require_finite
+from megatron_pdmd.files.documents import read_json_object
+from megatron_pdmd.files.safetensors_files import require_finite
 
 MAX_TOKENS = 512  # what Wan's text input is padded to
 _MISSING = "encoding prompts needs transformers: run `pip install transformers`, or pass a folder of encoded prompts"

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_pdmd.documents import read_json_object
+from megatron_pdmd.files.documents import read_json_object
+from megatron_pdmd.files.safetensors_files import TRANSFORMERS_STEM, read_model_header, require_tensors
 from megatron_pdmd.limits import shown
-from megatron_pdmd.safetensors_files import TRANSFORMERS_STEM, read_model_header, require_tensors
 
 _SIZES = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads", "relative_attention_num_buckets")
 _LARGEST_NUMBER = 1_000_000  # transformers makes lists of some; the longest known, the vocabulary, has 256384

@@ -33,7 +33,7 @@ from megatron_pdmd.planning.skeleton import complete_folder
 from megatron_pdmd.planning.source_lines import frames_of_error, lines_of_error, summary_of_error
 from megatron_pdmd.preflight import Plan, check
 from megatron_pdmd.training.phase import check_batch
-from megatron_pdmd.training.run_folder import claim_run_folder
+from megatron_pdmd.training.run_folders.run_folder import claim_run_folder
 from pdmd_kernels import available_backends, use_backend
 
 FAULT = 1

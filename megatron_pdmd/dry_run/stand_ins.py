@@ -31,12 +31,13 @@ from megatron_pdmd.models import loading
 from megatron_pdmd.models.wan.model import WanModel
 from megatron_pdmd.planning.device_checks import DeviceChecks
 from megatron_pdmd.planning.skeleton import write_sparse
-from megatron_pdmd.training import checkpointing, trainer
-from megatron_pdmd.training.checkpointing import CheckpointWriter, Manifest, States
+from megatron_pdmd.training import trainer
+from megatron_pdmd.training.checkpoints import checkpointing
+from megatron_pdmd.training.checkpoints.checkpointing import CheckpointWriter, Manifest, States
+from megatron_pdmd.training.checkpoints.sharded_state import Shard
 from megatron_pdmd.training.evaluated_samples import EvaluatedSamples
 from megatron_pdmd.training.networks import Networks
 from megatron_pdmd.training.phase import PhaseTrainer, TrainedNetwork
-from megatron_pdmd.training.sharded_state import Shard
 from megatron_pdmd.training.sheets import SampleSheets
 from megatron_pdmd.training.validation import Validation
 

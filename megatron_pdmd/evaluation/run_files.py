@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_pdmd.documents import parse_json, read_json_object, read_text
+from megatron_pdmd.files.documents import parse_json, read_json_object, read_text
 
 LARGEST_LOG = 2_000_000_000  # bytes
 MOST_PHASES = 100

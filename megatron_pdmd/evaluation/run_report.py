@@ -16,7 +16,7 @@ from rich.table import Table
 
 from megatron_pdmd.errors import one_line, parse_options, user_errors
 from megatron_pdmd.evaluation.run_files import Row, number_or_none, read_evaluation, read_metrics
-from megatron_pdmd.files import check_file_destination, written_whole
+from megatron_pdmd.files.whole import check_file_destination, written_whole
 
 PANELS = {  # title of a panel -> the logged values drawn in it
     "fake score's loss": ("fake_loss",),

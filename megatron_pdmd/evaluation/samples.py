@@ -4,9 +4,9 @@ from pathlib import Path
 
 import torch
 
-from megatron_pdmd.documents import read_text
+from megatron_pdmd.files.documents import read_text
+from megatron_pdmd.files.safetensors_files import read_tensors, require_finite
 from megatron_pdmd.limits import shown
-from megatron_pdmd.safetensors_files import read_tensors, require_finite
 
 LATENTS_FILE, PROMPTS_FILE = "samples.safetensors", "prompts.txt"
 

@@ -18,7 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from megatron_pdmd.evaluation.labels import columns, fonts_for, printable, quiet_matching, wrapped
-from megatron_pdmd.files import write_text, written_whole
+from megatron_pdmd.files.whole import write_text, written_whole
 
 DPI = 128  # a power of two, so that pixels / DPI inches are exactly that many pixels again
 

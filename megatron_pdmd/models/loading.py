@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from megatron_pdmd.files.safetensors_files import DIFFUSERS_STEM, read_model_headers, require_finite, require_tensors
 from megatron_pdmd.models.layers.tensor_parallel import partition_dim
 from megatron_pdmd.models.lora import base_parameters, merged_state_dict
 from megatron_pdmd.models.wan.config import WanConfig
@@ -16,7 +17,6 @@ from megatron_pdmd.models.wan.model import WanModel
 from megatron_pdmd.models.wan.weights import count_blocks, from_original_name, is_original, tensor_shapes
 from megatron_pdmd.parallel.cpu import without_cuda
 from megatron_pdmd.parallel.topology import existing_topology, initialize_topology
-from megatron_pdmd.safetensors_files import DIFFUSERS_STEM, read_model_headers, require_finite, require_tensors
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from megatron_pdmd.conversion.pipeline_folder import TRANSFORMERS
-from megatron_pdmd.documents import read_json_object
+from megatron_pdmd.files.documents import read_json_object
+from megatron_pdmd.files.safetensors_files import DIFFUSERS_STEM, read_weight_map
 from megatron_pdmd.models.lora import base_parameters
 from megatron_pdmd.models.wan.config import WanConfig
 from megatron_pdmd.models.wan.model import WanModel
 from megatron_pdmd.parallel.cpu import without_cuda
-from megatron_pdmd.safetensors_files import DIFFUSERS_STEM, read_weight_map
 
 Shapes = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 

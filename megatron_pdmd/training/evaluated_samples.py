@@ -9,8 +9,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from megatron_pdmd.files import written_whole
-from megatron_pdmd.training.checkpointing import saved_folders
+from megatron_pdmd.files.whole import written_whole
+from megatron_pdmd.training.checkpoints.checkpointing import saved_folders
 
 _NAME = re.compile(r"iter_(\d{7,18})\.safetensors", re.ASCII)
 

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from megatron_pdmd.config import Config
 from megatron_pdmd.parallel.patience import patient_group
-from megatron_pdmd.training.run_log import entries_of
+from megatron_pdmd.training.run_folders.run_log import entries_of
 
 EVALUATIONS = "evaluations.jsonl"
 

@@ -9,7 +9,7 @@ from megatron_pdmd.config import MethodConfig
 from megatron_pdmd.distillation.roles import Generator, Roles
 from megatron_pdmd.models import lora
 from megatron_pdmd.models.wan.model import WanModel
-from megatron_pdmd.training.sharded_state import Shard, parameter_shard, with_prefix
+from megatron_pdmd.training.checkpoints.sharded_state import Shard, parameter_shard, with_prefix
 
 
 class Networks:

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_pdmd.parallel.patience import patient_group
-from megatron_pdmd.training.sharded_state import Shard
+from megatron_pdmd.training.checkpoints.sharded_state import Shard
 
 
 class NotFiniteError(RuntimeError):

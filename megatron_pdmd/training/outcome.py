@@ -16,7 +16,7 @@ from megatron_pdmd.distillation.step import guidance_scale
 from megatron_pdmd.evaluation.clip_classifier import load_classifier
 from megatron_pdmd.evaluation.heldout_digits import load_heldout_digits
 from megatron_pdmd.evaluation.moving_digits_report import clip_features, evaluate_clips, real_clips
-from megatron_pdmd.files import write_json
+from megatron_pdmd.files.whole import write_json
 from megatron_pdmd.models.lora import merged_weights
 from megatron_pdmd.parallel.agreement import together
 from megatron_pdmd.parallel.patience import patient_group

@@ -13,13 +13,13 @@ from megatron_pdmd.distillation.step import GENERATOR_UPDATE, Iteration, MicroBa
 from megatron_pdmd.models.layers.tensor_parallel import partition_dim
 from megatron_pdmd.parallel.data_parallel import data_parallel, no_sync, release_data_parallel
 from megatron_pdmd.parallel.topology import Topology
-from megatron_pdmd.training.checkpointing import Checkpoint
-from megatron_pdmd.training.instruments import Instruments
-from megatron_pdmd.training.learning_rate import LearningRateSchedule
+from megatron_pdmd.training.checkpoints.checkpointing import Checkpoint
+from megatron_pdmd.training.checkpoints.sharded_state import Shard, with_prefix
+from megatron_pdmd.training.logs.instruments import Instruments
 from megatron_pdmd.training.networks import Networks, network_state
 from megatron_pdmd.training.not_finite import NotFiniteError, first_of_network
-from megatron_pdmd.training.optimizer import RoleOptimizer, build_optimizer
-from megatron_pdmd.training.sharded_state import Shard, with_prefix
+from megatron_pdmd.training.optimizers.learning_rate import LearningRateSchedule
+from megatron_pdmd.training.optimizers.optimizer import RoleOptimizer, build_optimizer
 
 Metrics = dict[str, float]
 

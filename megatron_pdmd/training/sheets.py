@@ -13,7 +13,7 @@ from megatron_pdmd.config import Config
 from megatron_pdmd.conversion.pipeline_folder import read_pipeline
 from megatron_pdmd.conversion.vae import decoded_clips
 from megatron_pdmd.evaluation.sheets import save_animation, save_contact_sheet, shrunk
-from megatron_pdmd.files import synchronise
+from megatron_pdmd.files.whole import synchronise
 from megatron_pdmd.parallel.agreement import together
 from megatron_pdmd.parallel.patience import patient_group
 from megatron_pdmd.training.fixed_samples import FixedSamples, spread

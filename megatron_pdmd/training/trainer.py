@@ -13,22 +13,22 @@ from megatron_pdmd.diffusion.phases import Phase, PhasePlan
 from megatron_pdmd.distillation.randomness import Counter
 from megatron_pdmd.distillation.step import Iteration, is_binned
 from megatron_pdmd.parallel.topology import Topology
-from megatron_pdmd.training.announcements import phase_line, tell
-from megatron_pdmd.training.checkpointing import Checkpoint, CheckpointWriter, check_models
-from megatron_pdmd.training.instruments import Instruments
-from megatron_pdmd.training.interval import IntervalMeans, closes_interval
-from megatron_pdmd.training.manifest import Manifest, Progress
-from megatron_pdmd.training.metrics_log import MetricsLog
+from megatron_pdmd.training.checkpoints.checkpointing import Checkpoint, CheckpointWriter, check_models
+from megatron_pdmd.training.checkpoints.manifest import Manifest, Progress
+from megatron_pdmd.training.checkpoints.sharded_state import Shard
+from megatron_pdmd.training.checkpoints.start import Start
+from megatron_pdmd.training.logs.announcements import phase_line, tell
+from megatron_pdmd.training.logs.instruments import Instruments
+from megatron_pdmd.training.logs.interval import IntervalMeans, closes_interval
+from megatron_pdmd.training.logs.metrics_log import MetricsLog
+from megatron_pdmd.training.logs.wandb_log import WandbLog
 from megatron_pdmd.training.milestones import Milestones
 from megatron_pdmd.training.networks import Networks
 from megatron_pdmd.training.not_finite import NotFiniteError
 from megatron_pdmd.training.phase import Metrics, PhaseTrainer
 from megatron_pdmd.training.sampling import SAMPLING_PHASE, Sampler
-from megatron_pdmd.training.sharded_state import Shard
-from megatron_pdmd.training.start import Start
 from megatron_pdmd.training.stopping import StopRequest
 from megatron_pdmd.training.validation import Validation
-from megatron_pdmd.training.wandb_log import WandbLog
 
 
 class Trainer:

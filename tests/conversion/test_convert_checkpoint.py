@@ -17,9 +17,9 @@ from megatron_pdmd.arguments import to_yaml
 from megatron_pdmd.config import Config, DataConfig, MethodConfig, ModelConfig
 from megatron_pdmd.conversion.pipeline_folder import read_pipeline
 from megatron_pdmd.models import from_hf
-from megatron_pdmd.training.checkpointing import Checkpoint, CheckpointWriter, Manifest, Progress
-from megatron_pdmd.training.fingerprints import Fingerprints
+from megatron_pdmd.training.checkpoints.checkpointing import Checkpoint, CheckpointWriter, Manifest, Progress
 from megatron_pdmd.training.networks import Networks
+from megatron_pdmd.training.run_folders.fingerprints import Fingerprints
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
 

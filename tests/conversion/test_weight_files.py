@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_pdmd.conversion.weight_files import plan_files, write_model
+from megatron_pdmd.files.safetensors_files import read_header, read_model_header
 from megatron_pdmd.models.lora import merged_weights
 from megatron_pdmd.models.wan.config import WAN_PRESETS
 from megatron_pdmd.models.wan.model import WanModel
 from megatron_pdmd.parallel import without_cuda
-from megatron_pdmd.safetensors_files import read_header, read_model_header
 
 STEM = "diffusion_pytorch_model"
 

@@ -23,11 +23,11 @@ from megatron_pdmd.data.prompts import PromptEmbeddings
 from megatron_pdmd.errors import NoSpaceError, OtherRankError, require_space
 from megatron_pdmd.models import WanConfig, WanModel, to_hf_state_dict
 from megatron_pdmd.parallel import destroy_topology, initialize_topology, together, without_cuda
-from megatron_pdmd.training import torch_dist
-from megatron_pdmd.training.checkpointing import CheckpointWriter, Manifest, Progress, latest_checkpoint
-from megatron_pdmd.training.optimizer import RoleOptimizer
+from megatron_pdmd.training.checkpoints import torch_dist
+from megatron_pdmd.training.checkpoints.checkpointing import CheckpointWriter, Manifest, Progress, latest_checkpoint
+from megatron_pdmd.training.checkpoints.sharded_state import Shard
+from megatron_pdmd.training.optimizers.optimizer import RoleOptimizer
 from megatron_pdmd.training.phase import PhaseTrainer
-from megatron_pdmd.training.sharded_state import Shard
 
 TINY = WanConfig(
     patch_size=(1, 2, 2),

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_pdmd.parallel import data_parallel, finish_gradient_sync, initialize_topology, no_sync, without_cuda
-from megatron_pdmd.training.optimizer import build_optimizer
+from megatron_pdmd.training.optimizers.optimizer import build_optimizer
 
 LR = 1e-2
 STEPS = 3

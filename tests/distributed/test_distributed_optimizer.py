@@ -5,8 +5,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_pdmd.parallel import data_parallel, initialize_topology, no_sync, release_data_parallel, without_cuda
-from megatron_pdmd.training.optimizer import build_optimizer
-from megatron_pdmd.training.sharded_state import with_prefix
+from megatron_pdmd.training.checkpoints.sharded_state import with_prefix
+from megatron_pdmd.training.optimizers.optimizer import build_optimizer
 
 LR, CLIP, STEPS, BATCH = 1e-2, 0.1, 4, 8
 OVERLAPS = [(False, False), (True, False), (False, True), (True, True)]

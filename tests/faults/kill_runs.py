@@ -28,7 +28,7 @@ from fault_world import built_world
 
 from megatron_pdmd import pretrain
 from megatron_pdmd.errors import parse_options, user_errors
-from megatron_pdmd.files import write_json
+from megatron_pdmd.files.whole import write_json
 
 LAYOUTS = {
     "one rank": (1, ()),

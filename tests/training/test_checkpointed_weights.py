@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_pdmd.training.checkpointing import Checkpoint, latest_checkpoint
+from megatron_pdmd.training.checkpoints.checkpointing import Checkpoint, latest_checkpoint
 from megatron_pdmd.training.phase import PhaseTrainer
 
 Weights = dict[str, torch.Tensor]

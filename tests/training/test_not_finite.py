@@ -8,16 +8,16 @@ import pytest
 import torch
 
 from megatron_pdmd.distillation.roles import Roles
-from megatron_pdmd.training.checkpointing import (
+from megatron_pdmd.training.checkpoints.checkpointing import (
     CheckpointError,
     CheckpointWriter,
     Manifest,
     Progress,
     latest_checkpoint,
 )
+from megatron_pdmd.training.checkpoints.sharded_state import Shard
 from megatron_pdmd.training.not_finite import NotFiniteError, first_not_finite
-from megatron_pdmd.training.optimizer import RoleOptimizer
-from megatron_pdmd.training.sharded_state import Shard
+from megatron_pdmd.training.optimizers.optimizer import RoleOptimizer
 
 NAN, INF = float("nan"), float("inf")
 
@@ -166,7 +166,7 @@ def test_a_checkpoint_that_is_not_finite_is_refused_where_it_is_read(value, topo
         writer.save(Manifest(Progress(1, 1, 1, 4)), spoilt)
     assert not list(tmp_path.iterdir())
     with monkeypatch.context() as patch:
-        patch.setattr("megatron_pdmd.training.checkpointing.first_shard_not_finite", lambda shards: None)
+        patch.setattr("megatron_pdmd.training.checkpoints.checkpointing.first_shard_not_finite", lambda shards: None)
         writer.save(Manifest(Progress(1, 1, 1, 4)), spoilt)
     writer.close()
     with pytest.raises(CheckpointError, match="iter_0000001: generator: 'a' is not finite; go on from another"):

@@ -16,7 +16,7 @@ import torch
 from megatron_pdmd.config import CheckpointConfig, Config, LoggingConfig, ModelConfig
 from megatron_pdmd.distillation.roles import Roles
 from megatron_pdmd.training import sheets as sheets_module
-from megatron_pdmd.training.checkpointing import CheckpointWriter
+from megatron_pdmd.training.checkpoints.checkpointing import CheckpointWriter
 from megatron_pdmd.training.networks import Networks
 from megatron_pdmd.training.phase import PhaseTrainer
 from megatron_pdmd.training.sheets import SampleSheets

@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_pdmd import preflight, pretrain
-from megatron_pdmd.training import run_lock
-from megatron_pdmd.training.checkpointing import latest_checkpoint
-from megatron_pdmd.training.fingerprints import FINGERPRINTS, Fingerprints
+from megatron_pdmd.training.checkpoints.checkpointing import latest_checkpoint
 from megatron_pdmd.training.networks import Networks
 from megatron_pdmd.training.phase import PhaseTrainer
-from megatron_pdmd.training.run_lock import RunLock
+from megatron_pdmd.training.run_folders import run_lock
+from megatron_pdmd.training.run_folders.fingerprints import FINGERPRINTS, Fingerprints
+from megatron_pdmd.training.run_folders.run_lock import RunLock
 
 SHORT = ("--train-iters", "1", "--fake-updates", "1")
 

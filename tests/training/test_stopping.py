@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from megatron_pdmd.config import CheckpointConfig, TrainingConfig
-from megatron_pdmd.training import stopping, torch_dist
-from megatron_pdmd.training.checkpointing import CheckpointWriter, latest_checkpoint
+from megatron_pdmd.training import stopping
+from megatron_pdmd.training.checkpoints import torch_dist
+from megatron_pdmd.training.checkpoints.checkpointing import CheckpointWriter, latest_checkpoint
 from megatron_pdmd.training.phase import PhaseTrainer
 from megatron_pdmd.training.sheets import SampleSheets
 from megatron_pdmd.training.stopping import StopRequest

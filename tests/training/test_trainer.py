@@ -20,9 +20,9 @@ from megatron_pdmd.conversion.weight_files import write_model
 from megatron_pdmd.distillation.roles import Roles
 from megatron_pdmd.models import WanConfig, WanModel, to_hf_state_dict
 from megatron_pdmd.parallel import without_cuda
-from megatron_pdmd.training.checkpointing import TRACKER, Checkpoint, latest_checkpoint
+from megatron_pdmd.training.checkpoints.checkpointing import TRACKER, Checkpoint, latest_checkpoint
+from megatron_pdmd.training.checkpoints.sharded_state import Shard
 from megatron_pdmd.training.phase import PhaseTrainer
-from megatron_pdmd.training.sharded_state import Shard
 
 VARIANTS = {
     "lora, average": ("--ema-decay", "0.9"),

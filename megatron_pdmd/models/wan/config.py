@@ -6,7 +6,7 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from megatron_pdmd.documents import read_json_object
+from megatron_pdmd.files.documents import read_json_object
 from megatron_pdmd.limits import shown
 
 _CLASS_NAME = "WanTransformer3DModel"

@@ -1,0 +1,1 @@
+"""What a run saves, and where a launch takes it up."""

@@ -1,0 +1,1 @@
+"""AdamW, its states over the ranks, and its rates."""
