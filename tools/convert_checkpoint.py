@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 import tyro
 
-from megatron_pdmd.arguments import load_recipe
+from megatron_pdmd.arguments import load_recipe, validate
 from megatron_pdmd.config import Config
 from megatron_pdmd.conversion.export import is_export
 from megatron_pdmd.conversion.few_step_sampling import FewStepSampling
@@ -135,7 +135,13 @@ def run_config(options: ConvertOptions) -> Config:
     if not recipe.is_file():
         raise ValueError(f"--load {options.load}: no run there (config.yaml is missing)")
     config = load_recipe(recipe)
-    return config if options.teacher is None else replace(config, model=replace(config.model, teacher=options.teacher))
+    if options.teacher is not None:
+        config = replace(config, model=replace(config.model, teacher=options.teacher))
+    try:
+        validate(config)
+    except ValueError as error:
+        raise ValueError(f"{recipe}: {error}") from None
+    return config
 
 
 def run_teacher(config: Config) -> PipelineFolder:

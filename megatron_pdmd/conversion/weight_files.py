@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from megatron_pdmd.files.safetensors_files import DIFFUSERS_STEM, is_finite
+from megatron_pdmd.files.finite import first_not_finite
+from megatron_pdmd.files.safetensors_files import DIFFUSERS_STEM
 from megatron_pdmd.files.whole import synchronise, write_json
 from megatron_pdmd.models.lora import WholeTensor
 
@@ -63,12 +64,11 @@ def check_exportable(tensors: Mapping[str, torch.Tensor], where: str) -> None:
     Raises:
         ValueError: names the first tensor that holds NaN or infinity.
     """
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and tensor.numel() and not is_finite(tensor):
-            raise ValueError(
-                f"{where}: tensor '{name}' holds NaN or infinity, so nothing is exported; "
-                "train on from an earlier checkpoint with a lower learning rate"
-            )
+    if name := first_not_finite(tensors.items()):
+        raise ValueError(
+            f"{where}: tensor '{name}' holds NaN or infinity, so nothing is exported; "
+            "train on from an earlier checkpoint with a lower learning rate"
+        )
 
 
 def plan_files(

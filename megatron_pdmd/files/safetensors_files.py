@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_pdmd.files.documents import parse_json, read_json_object
+from megatron_pdmd.files.finite import first_not_finite
 from megatron_pdmd.limits import shown
 
 DIFFUSERS_STEM = "diffusion_pytorch_model"
@@ -212,9 +212,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path}: cannot be read ({error}); download or make it again") from None
 
 
-@torch.no_grad()
 def require_finite(tensors: Iterable[tuple[str, Tensor]], where: str | Path) -> None:
-    """Refuses NaN and infinity. It reads each value once: on a CPU core about 20 GB a second.
+    """Refuses NaN and infinity; see `first_not_finite`.
 
     Args:
         tensors: names and values.
@@ -223,11 +222,8 @@ def require_finite(tensors: Iterable[tuple[str, Tensor]], where: str | Path) -> 
     Raises:
         ValueError: names the first tensor that holds such a value.
     """
-    for name, tensor in tensors:
-        if tensor.is_floating_point() and tensor.numel() and not is_finite(tensor):
-            raise ValueError(
-                f"{where}: tensor {shown(repr(name))} holds values that are not finite; get or make it again"
-            )
+    if name := first_not_finite(tensors):
+        raise ValueError(f"{where}: tensor {shown(repr(name))} holds values that are not finite; get or make it again")
 
 
 def require_finite_model(folder: Path, stem: str) -> None:
@@ -244,10 +240,3 @@ def require_finite_model(folder: Path, stem: str) -> None:
     if sum(tensor.size for header in headers.values() for tensor in header.values()) <= READ_AT_LAUNCH:
         for path in headers:
             require_finite(read_tensors(path).items(), path)
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Whether a tensor of floating-point numbers, at least one, holds neither NaN nor infinity."""
-    # NaN goes through a minimum and a maximum, and both are one pass without memory of their own.
-    least, most = (tensor if tensor.itemsize > 1 else tensor.float()).aminmax()
-    return bool(torch.isfinite(least) & torch.isfinite(most))

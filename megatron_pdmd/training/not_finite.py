@@ -1,11 +1,11 @@
 """Numbers that are not finite: found in what is saved and read, and named where they stop a run."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
+from megatron_pdmd.files.finite import first_not_finite
 from megatron_pdmd.parallel.patience import patient_group
 from megatron_pdmd.training.checkpoints.sharded_state import Shard
 
@@ -14,24 +14,8 @@ class NotFiniteError(RuntimeError):
     """A run's numbers are not finite any more. What it has saved is."""
 
 
-def first_not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
-    """The name of the first tensor with a number that is not finite.
-
-    It reads each tensor once, allocates nothing of its size, and waits for a device once.
-    """
-    names, extremes = [], []
-    for name, tensor in tensors:
-        if tensor.numel() and tensor.is_floating_point():
-            names.append(name)
-            extremes.append(torch.stack(torch.aminmax(tensor)).float())  # a NaN is both
-    if not names:
-        return None
-    finite = torch.stack(extremes).isfinite().all(dim=1).tolist()
-    return next((name for name, is_finite in zip(names, finite, strict=True) if not is_finite), None)
-
-
 def first_shard_not_finite(shards: Mapping[str, Shard]) -> str | None:
-    """The same of this rank's parts."""
+    """The first tensor of which this rank's part has such a number."""
     return first_not_finite((name, box.tensor) for name, shard in shards.items() for box in shard.boxes)
 
 

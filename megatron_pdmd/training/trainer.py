@@ -98,6 +98,8 @@ class Trainer:
             if self._is_behind(phase):
                 self._networks.add_expert(phase.index, phase.expert)
                 self._load_expert(phase, start.checkpoint)
+            elif start and start.finetune and phase.index > 1:  # read when its phase begins, perhaps days from now
+                start.checkpoint.check_readable(_expert_state(phase.index))
 
     def run(self, wandb: WandbLog | None = None) -> str | None:
         """Trains what is left of the run.
@@ -283,7 +285,7 @@ class Trainer:
 
     def _phase_trainer(self, phase: Phase, iteration: Iteration) -> PhaseTrainer:
         """The phase's trainer, with what the launch's checkpoint has of this phase."""
-        start, name = self._start, f"generator_phase_{phase.index}"
+        start, name = self._start, _expert_state(phase.index)
         saved_phase = start.checkpoint.progress.phase if start else 0
         if phase.index == saved_phase or (start and start.finetune and name in start.checkpoint.states):
             self._load_expert(phase, start.checkpoint)
@@ -295,11 +297,11 @@ class Trainer:
         return trainer
 
     def _load_expert(self, phase: Phase, checkpoint: Checkpoint) -> None:
-        checkpoint.read(f"generator_phase_{phase.index}", self._networks.expert_state(phase.index))
+        checkpoint.read(_expert_state(phase.index), self._networks.expert_state(phase.index))
 
     def _states(self, trainer: PhaseTrainer) -> dict[str, dict[str, Shard]]:
         """This rank's part of everything that a checkpoint holds."""
-        earlier = {f"generator_phase_{k}": self._networks.expert_state(k) for k in range(1, trainer.index)}
+        earlier = {_expert_state(k): self._networks.expert_state(k) for k in range(1, trainer.index)}
         return earlier | trainer.state()
 
     def _manifest(self, trainer: PhaseTrainer) -> Manifest:
@@ -342,3 +344,8 @@ class Trainer:
     def _draw_sheet(self) -> None:
         with self._instruments.between("sheet", self.progress.iteration):
             self._validation.sheets.draw(self._fixed_sampler(), self.progress.iteration)
+
+
+def _expert_state(phase: int) -> str:
+    """The state of a checkpoint that holds a phase's expert."""
+    return f"generator_phase_{phase}"

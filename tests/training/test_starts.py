@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_pdmd import preflight, pretrain
 from megatron_pdmd.training.checkpoints.checkpointing import latest_checkpoint
+from megatron_pdmd.training.checkpoints.torch_dist import read_index
 from megatron_pdmd.training.networks import Networks
 from megatron_pdmd.training.phase import PhaseTrainer
 from megatron_pdmd.training.run_folders import run_lock
@@ -224,3 +225,18 @@ def test_a_disk_that_cannot_hold_a_checkpoint_and_the_export_is_refused_at_the_s
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=told[0]))
     assert "no space on disk" in refused(launch, capsys, tmp_path / "other", *full, *more)
     assert not (tmp_path / "other").exists()
+
+
+def test_a_later_phase_that_is_damaged_in_a_run_to_be_finetuned_is_refused_at_the_start(
+    finished, launch, tmp_path, capsys
+):
+    loaded = tmp_path / "loaded"
+    shutil.copytree(finished(*SHORT), loaded)
+    index = read_index(latest_checkpoint(loaded / "checkpoints").folder)
+    key = next(key for key in index.storage_data if key.fqn.startswith("generator_phase_2."))
+    path = next(loaded.rglob(index.storage_data[key].relative_path))
+    content, place = bytearray(path.read_bytes()), index.storage_data[key]
+    content[place.offset : place.offset + place.length] = bytes(place.length)
+    path.write_bytes(content)
+    told = refused(launch, capsys, tmp_path / "run", *SHORT, "--load", str(loaded), "--finetune")
+    assert "damaged" in told and not (tmp_path / "run").exists()

@@ -76,12 +76,27 @@ class Checkpoint:
         """
         with together():
             self._check(state, shards)
-            try:
-                read_shards(self.folder, self.index, with_prefix(state, shards))
-            except ValueError as error:
-                raise CheckpointError(str(error)) from None
-            if name := first_shard_not_finite(shards):
-                raise CheckpointError(f"{self.folder}: {state}: '{name}' is not finite; go on from another checkpoint")
+            self._read(state, shards)
+
+    def check_readable(self, state: str) -> None:
+        """Refuses a state whose tensors are damaged or not finite, and keeps none. Ranks share the work; all call it.
+
+        Raises:
+            CheckpointError: see `read`.
+        """
+        tensors = sorted(self.shapes(state).items())[dist.get_rank() :: dist.get_world_size()]
+        with together():
+            for name, shape in tensors:
+                dtype = self.index.state_dict_metadata[f"{state}.{name}"].properties.dtype
+                self._read(state, {name: Shard.of(torch.empty(shape, dtype=dtype))})
+
+    def _read(self, state: str, shards: Mapping[str, Shard]) -> None:
+        try:
+            read_shards(self.folder, self.index, with_prefix(state, shards))
+        except ValueError as error:
+            raise CheckpointError(str(error)) from None
+        if name := first_shard_not_finite(shards):
+            raise CheckpointError(f"{self.folder}: {state}: '{name}' is not finite; go on from another checkpoint")
 
     def _check(self, state: str, shards: Mapping[str, Shard]) -> None:
         saved = self.shapes(state)

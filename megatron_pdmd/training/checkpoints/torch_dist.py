@@ -78,8 +78,8 @@ def read_index(folder: Path) -> Metadata:
             index = _IndexUnpickler(file).load()
     except FileNotFoundError:
         raise ValueError(f"{folder}: {INDEX} is missing; resume from another checkpoint") from None
-    except Exception as error:  # a damaged pickle raises nearly anything
-        raise ValueError(f"{path}: not an index of tensors ({error}); resume from another checkpoint") from None
+    except Exception:  # a damaged pickle raises nearly anything
+        raise ValueError(f"{path}: not an index of tensors; resume from another checkpoint") from None
     if not _is_index(index):
         raise ValueError(f"{path}: not an index of tensors; resume from another checkpoint")
     ends: dict[str, int] = {}
