@@ -27,7 +27,9 @@ TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
 def _make_run(folder: Path, teacher: Path, generator: str = "lora", phases: int = 2) -> dict[str, torch.Tensor]:
     """A run folder whose experts differ from the teacher's; returns the first phase's state."""
     method = MethodConfig(timestep_shift=3.0, lora_rank=4, lora_alpha=2.0, generator=generator)
-    config = Config(model=ModelConfig(teacher), method=method, data=DataConfig(prompt_length=16, frames=2))
+    config = Config(
+        model=ModelConfig(teacher), method=method, data=DataConfig(Path("prompts.txt"), prompt_length=16, frames=2)
+    )
     folder.mkdir()
     (folder / "config.yaml").write_text(to_yaml(config))
     source = read_pipeline(teacher)

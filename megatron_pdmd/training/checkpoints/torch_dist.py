@@ -78,8 +78,9 @@ def read_index(folder: Path) -> Metadata:
             index = _IndexUnpickler(file).load()
     except FileNotFoundError:
         raise ValueError(f"{folder}: {INDEX} is missing; resume from another checkpoint") from None
-    except Exception:  # a damaged pickle raises nearly anything
-        raise ValueError(f"{path}: not an index of tensors; resume from another checkpoint") from None
+    except Exception as error:  # a damaged pickle raises nearly anything, of which only its own words help
+        reason = f" ({error})" if isinstance(error, UnpicklingError) else ""
+        raise ValueError(f"{path}: not an index of tensors{reason}; resume from another checkpoint") from None
     if not _is_index(index):
         raise ValueError(f"{path}: not an index of tensors; resume from another checkpoint")
     ends: dict[str, int] = {}
