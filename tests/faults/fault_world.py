@@ -102,7 +102,7 @@ def built_world() -> World:
     embeddings = torch.randn(len(PROMPTS), PROMPT_LENGTH, SHAPE.text_dim, generator=torch.Generator().manual_seed(0))
     PromptEmbeddings(PROMPTS, (embeddings,), torch.zeros(PROMPT_LENGTH, SHAPE.text_dim)).save(folder / "encoded")
     (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
-    outcome = run_program(pretrain, world.flags(save="run"), folder)
+    outcome = run_program(pretrain, world.flags(save="run", more={"--eval-interval": 1, "--eval-samples": 1}), folder)
     assert outcome.code == 0, outcome
     shutil.copyfile(folder / "run" / "config.yaml", folder / "recipe.yaml")
     (folder / "samples").mkdir()

@@ -9,6 +9,7 @@ end its log, sheets, evaluations, export and last checkpoint must be those of th
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -101,12 +102,14 @@ def kill_runs(options: KillOptions, tell: Callable[[str], None]) -> list[Kill]:
     draw, kills = random.Random(options.seed), []
     with tempfile.TemporaryDirectory() as parent:
         undisturbed = {}
-        while len(kills) < options.kills:
+        for number in itertools.count():
+            if len(kills) >= options.kills:
+                break
             name = draw.choice(list(LAYOUTS))
             if name not in undisturbed:
                 undisturbed[name] = _undisturbed(name, Path(parent) / f"undisturbed_{len(undisturbed)}", options)
             content, seconds = undisturbed[name]
-            folder = Path(parent) / f"run_{len(kills)}"
+            folder = Path(parent) / f"run_{number}"
             wanted = min(draw.randint(1, 3), options.kills - len(kills))
             found = _disturbed(name, folder, draw, wanted, seconds, options)
             if found:
@@ -165,10 +168,11 @@ def _with_problem(kills: list[Kill], name: str, problem: str) -> list[Kill]:
 def _bad_end(kill: Kill, folder: Path) -> list[str]:
     """What is wrong with how a job ended after its signal."""
     problems = ["hung"] if any(code == -signal.SIGALRM for code in kill.codes) else []
-    if kill.signal != "SIGKILL" and not set(kill.codes) <= {0, 3}:
-        problems.append(f"a polite signal must end in 0 or 3: {_output(folder)[-1000:]}")
-    if kill.signal != "SIGKILL" and len(set(kill.codes)) > 1:
-        problems.append("ranks disagree")
+    if kill.signal != "SIGKILL" and _saved(folder) < ITERATIONS:  # later there is nothing left to save
+        if not set(kill.codes) <= {0, 3}:
+            problems.append(f"a polite signal must end in 0 or 3: {_output(folder)[-1000:]}")
+        if len(set(kill.codes)) > 1:
+            problems.append("ranks disagree")
     return problems
 
 
@@ -244,6 +248,7 @@ def _start(rank: int, count: int, flags: list[str], store: Path, log: Path) -> i
         sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
         os.chdir(built_world().folder)
         torch.set_num_threads(1)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background was started without
         if count > 1:
             os.environ.update(RANK=str(rank), WORLD_SIZE=str(count), LOCAL_RANK=str(rank))
             meeting = dist.FileStore(str(store), count)

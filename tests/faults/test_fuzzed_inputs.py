@@ -1,6 +1,10 @@
 """Whatever a file or a command line holds, a program works or refuses it in one line, leaving no trace."""
 
-from types import ModuleType
+import tempfile
+from dataclasses import Field, fields
+from pathlib import Path
+from types import ModuleType, UnionType
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import pytest
 from fault_judge import judge
@@ -11,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_pdmd import preflight, pretrain
-from megatron_pdmd.config import CommandLine
+from megatron_pdmd.arguments import load_recipe, to_yaml
+from megatron_pdmd.config import CommandLine, Config
 from megatron_pdmd.evaluation import run_report
 from megatron_pdmd.options import option_types
 
@@ -41,6 +46,7 @@ CHECKPOINT = (
     "run/checkpoints/iter_0000002/.metadata",
     "run/checkpoints/iter_0000002/*.distcp",
 )
+LORAS = ("loras/lora_files.json", "loras/phase_1_high_noise.safetensors")
 SAMPLES = ("samples/samples.safetensors", "samples/prompts.txt")
 EXPORT = (
     "run/hf/few_step_sampling.json",
@@ -51,6 +57,26 @@ EXPORT = (
 )
 FLAGS = ["--" + name.replace("_", "-") for name in option_types(CommandLine)]
 SAMPLING = ["--prompts", "encoded", "--save", "out", "--frames", "2", "--height", "4", "--width", "4"]
+
+
+def config_of(section: Field) -> st.SearchStrategy:
+    """A section of the configuration with any values that its types allow."""
+    own = {
+        float: st.floats(allow_nan=False, allow_infinity=False),
+        str: st.text(st.characters(codec="utf-8")),
+        Path: st.text(st.characters(codec="utf-8", exclude_characters="\x00/"), min_size=1, max_size=40).map(Path),
+    }
+    numbers = {int: st.integers(-(2**70), 2**70), float: own[float]}
+
+    def values(hint: Any) -> st.SearchStrategy:
+        if get_origin(hint) is Annotated:
+            return st.lists(numbers[get_args(get_args(hint)[0])[0]], min_size=1, max_size=4).map(tuple)
+        if get_origin(hint) is UnionType:
+            return st.none() | values(get_args(hint)[0])
+        return own[hint] if hint in own else st.from_type(hint)
+
+    hints = get_type_hints(section.default_factory, include_extras=True)
+    return st.builds(section.default_factory, **{name: values(hint) for name, hint in hints.items()})
 
 
 def cases(label: str, files: tuple[str, ...]) -> list:
@@ -100,6 +126,14 @@ def test_training_on_spoilt_text(file, data):
     attack(data, pretrain, file, flags)
 
 
+@given(st.builds(Config, *(config_of(section) for section in fields(Config))))
+def test_a_recipe_is_read_as_it_was_written(config):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "recipe.yaml"
+        path.write_text(to_yaml(config), encoding="utf-8")
+        assert load_recipe(path) == config
+
+
 @given(data=st.data())
 def test_a_spoilt_recipe(data):
     attack(data, preflight, "recipe.yaml", ["--config", "recipe.yaml", "--save", "new"])
@@ -137,6 +171,12 @@ def test_sampling_a_spoilt_export(file, data, load_tool):
     attack(data, load_tool("generate"), file, ["--load", "run", *SAMPLING])
 
 
+@pytest.mark.parametrize("file", cases("loras", LORAS))
+@given(data=st.data())
+def test_sampling_with_spoilt_loras(file, data, load_tool, loras):
+    attack(data, load_tool("generate"), file, ["--lora", "loras", "--hf", "teacher", *SAMPLING])
+
+
 @given(data=st.data())
 def test_sampling_with_spoilt_flags(data, load_tool):
     known = ["--" + name for name in ("seed", "num-steps", "phase-steps", "timestep-shift", "guidance-scale", "frames")]
@@ -158,14 +198,10 @@ def test_a_report_of_a_spoilt_run(file, data):
     attack(data, run_report, file, ["run"])
 
 
+@pytest.mark.parametrize(("figure", "log"), [("score-gap", "metrics.jsonl"), ("evaluations", "evaluations.jsonl")])
 @given(data=st.data())
-def test_a_plot_of_a_spoilt_log(data, load_tool):
-    attack(
-        data,
-        load_tool("plot_log"),
-        "run/metrics.jsonl",
-        ["--figure", "score-gap", "--runs", "run", "--save", "plot.png"],
-    )
+def test_a_plot_of_a_spoilt_log(figure, log, data, load_tool):
+    attack(data, load_tool("plot_log"), f"run/{log}", ["--figure", figure, "--runs", "run", "--save", "plot.png"])
 
 
 @pytest.mark.parametrize("file", cases("encode", ENCODER))
