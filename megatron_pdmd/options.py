@@ -28,7 +28,7 @@ _WHOLE_NUMBER = re.compile(r"[+-]?[0-9]{1,100}")
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,6})?")
 _LONGEST_NUMBER = 400  # characters
 _LONGEST_PART, _LONGEST_PATH = 255, 4095  # bytes of a name and of a path, on Linux
-_NAMES = {int: "a whole number", float: "a finite number", str: "a text", Path: "a path"}
+_NAMES = {int: "a whole number", float: "a finite number", str: "a text", Path: "a path, its names of up to 255 bytes"}
 _METAVARS = {int: "INT", float: "FLOAT", str: "STR", Path: "PATH"}
 _RULER = re.compile(r"\s*-{5,}\s*")
 

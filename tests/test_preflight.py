@@ -280,7 +280,7 @@ def test_text_encoders_that_cannot_encode(refusal, teacher, monkeypatch):
 @pytest.mark.parametrize("flag", ["--teacher", "--prompts", "--save", "--load", "--eval-prompts", "--task-folder"])
 def test_paths_that_no_disk_takes(refusal, flag):
     for path in ("x" * 256, "a/" + "é" * 128, "/".join(["x" * 200] * 30), "a\0b", ""):
-        assert f"{flag}: expected a path, got '" in refusal(flag, path)
+        assert f"{flag}: expected a path, its names of up to 255 bytes, got '" in refusal(flag, path)
 
 
 def test_a_vae_that_could_not_decode_the_samples(refusal, teacher, flags):

@@ -180,7 +180,7 @@ def _strike(name: str, folder: Path, ranks: dict[int, int], draw: random.Random,
     """Waits for a moment and sends a signal; None where the job ended before it came."""
     moments = _moments(folder, draw, seconds)
     moment = draw.choice(list(moments))
-    reached, delay = moments[moment], draw.uniform(0, 0.1)
+    reached, delay = moments[moment], draw.choice((0.0, draw.uniform(0, 0.1)))
     number = draw.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT))
     rank = draw.choice([None, *ranks])
     started = time.monotonic()
@@ -206,6 +206,7 @@ def _moments(folder: Path, draw: random.Random, seconds: float) -> dict[str, Mom
         "at a random time": lambda passed: passed >= at,
         "while saving": lambda passed: bool(list(checkpoints.glob("*.partial"))) and passed > at / 2,
         "just after saving": lambda passed: _saved(folder) >= iteration,
+        "while a sheet is drawn": lambda passed: (folder / ".samples.partial").exists(),
         "at the phase's change": lambda passed: _saved(folder) == PHASE_CHANGE,
         "at the last iteration": lambda passed: _saved(folder) == ITERATIONS,
         "while exporting": lambda passed: (folder / ".hf.partial").exists(),
