@@ -76,8 +76,12 @@ def prepare(arguments: list[str]) -> Plan:
     return check(config)
 
 
-def check(config: Config) -> Plan:
+def check(config: Config, *, writes: bool = True) -> Plan:
     """Checks options against the files they name.
+
+    Args:
+        config: of the run.
+        writes: whether it needs the disk; a rehearsal does not.
 
     Raises:
         ValueError: as `prepare`.
@@ -110,7 +114,8 @@ def check(config: Config) -> Plan:
     remarks = check_run_folder(config, inputs)
     check_unlocked(config.checkpoint.save)
     find_start(config)
-    require_space(config.checkpoint.save, least_bytes(config, source, phases, schedule), "--save")
+    if writes:
+        require_space(config.checkpoint.save, least_bytes(config, source, phases, schedule), "--save")
     return Plan(config, source, schedule, phases, latent_shape, inputs, tuple(remarks))
 
 

@@ -33,8 +33,7 @@ from megatron_pdmd.diffusion.phases import PhasePlan
 from megatron_pdmd.distillation.roles import Pass, Roles
 from megatron_pdmd.distillation.step import Iteration
 from megatron_pdmd.errors import parse_options, user_errors
-from megatron_pdmd.files.whole import check_file_destination, written_whole
-from megatron_pdmd.files.whole import whole as files
+from megatron_pdmd.files.whole import check_file_destination, write_json, written_whole
 from megatron_pdmd.limits import check_range
 from megatron_pdmd.models import WanConfig, adapter_state_dict, from_hf
 from megatron_pdmd.parallel import destroy_topology, initialize_topology
@@ -172,7 +171,7 @@ def write_random_teacher(model: WanConfig, folder: Path) -> Path:
     arguments = {name: value for name, value in model.to_hf().items() if not name.startswith("_")}
     WanTransformer3DModel(**arguments).save_pretrained(folder / "transformer")
     index = {"_class_name": "WanPipeline", "transformer": ["diffusers", "WanTransformer3DModel"]}
-    files.write_json(folder / "model_index.json", index)
+    write_json(folder / "model_index.json", index)
     return folder
 
 
@@ -354,14 +353,14 @@ def write_csv(path: Path, rows: list[IterationTime]) -> None:
         writer.writerows(asdict(row) for row in rows)
 
 
-def write_json(path: Path, options: BenchmarkOptions, rows: list[IterationTime], kinds: list[PassTime]) -> None:
+def write_times(path: Path, options: BenchmarkOptions, rows: list[IterationTime], kinds: list[PassTime]) -> None:
     content = {
         "threads": torch.get_num_threads(),
         "generator": options.generator,
         "iterations": [asdict(row) for row in rows],
         "passes": [asdict(row) for row in kinds],
     }
-    files.write_json(path, content)
+    write_json(path, content)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -381,7 +380,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.csv is not None:
         write_csv(options.csv, rows)
     if options.json is not None:
-        write_json(options.json, options, rows, kinds)
+        write_times(options.json, options, rows, kinds)
     console, threads = Console(), torch.get_num_threads()
     console.print(table_of(rows, f"One iteration, {threads} thread{'s' * (threads > 1)}"))
     console.print(table_of(kinds, "Its passes alone"))

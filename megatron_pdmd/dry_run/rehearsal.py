@@ -33,7 +33,6 @@ from megatron_pdmd.planning.skeleton import complete_folder
 from megatron_pdmd.planning.source_lines import frames_of_error, lines_of_error, summary_of_error
 from megatron_pdmd.preflight import Plan, check
 from megatron_pdmd.training.phase import check_batch
-from megatron_pdmd.training.run_folders.run_folder import claim_run_folder
 from pdmd_kernels import available_backends, use_backend
 
 FAULT = 1
@@ -53,7 +52,7 @@ def main(arguments: Sequence[str]) -> int:
             layout = config.parallel
             tensor, context = layout.tensor_model_parallel_size, layout.context_parallel_size
             check_world(launch.dry_run, tensor, 1, context, layout.sequence_parallel)
-            plan = check(_in_folder(config, Path(name)))
+            plan = check(_in_folder(config, Path(name)), writes=False)
             check_batch(plan.config, _data_ranks(plan.config, launch.dry_run))
             plan = replace(plan, config=_shortened(plan, launch.dry_run))
         ranks = FakeRanks(launch.dry_run, launch.dry_run_rank)
@@ -89,7 +88,6 @@ def rehearse(plan: Plan, launch: LaunchConfig, ranks: FakeRanks, checks: DeviceC
                 context=layout.context_parallel_size,
                 sequence_parallel=layout.sequence_parallel,
             )
-            claim_run_folder(part.config, part.inputs)  # the folder is either part's, whose batches differ
             with FakeTensorMode(allow_non_fake_inputs=True), checks:
                 ended = pretrain.run(part)
             assert ended == code, f"the run ended with exit code {ended}"

@@ -48,7 +48,7 @@ def test_the_fused_objective_holds_nothing_beside_x_t_and_the_gradient(tool, mon
         (["--seconds", "-1"], "--seconds -1.0: must lie in [0, 86400]"),
         (["--seconds", "nan"], "--seconds: expected a finite number"),
         (["--threads", "1000000000"], "--threads 1000000000: must lie in [1, 4096]"),
-        (["--json", "/dev/null/a.json"], "--json /dev/null/a.json: "),
+        (["--json", "/dev/null/a.json"], "--json /dev/null: /dev/null is a file"),
         (["--ops", "matmul"], "--ops matmul does not exist"),
     ],
 )
