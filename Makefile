@@ -2,8 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 CUDA_ENV := .venv-cuda
-# Tests of one file stay in one process, for they share what is slow to make.
-PYTEST := -m pytest --numprocesses 2 --dist loadfile
+# Tests of one file stay in one process, for they share what is slow to make, and files in their order, for the longest of
+# them holds few tests and would else come last, alone.
+PYTEST := -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: setup quickstart test test-faults test-cuda-build lint clean
 

@@ -13,7 +13,7 @@ from fault_world import built_world
 from hypothesis import HealthCheck, Phase, settings
 
 _COMMON = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
-settings.register_profile("quick", max_examples=3, derandomize=True, phases=[Phase.generate], **_COMMON)
+settings.register_profile("quick", max_examples=2, derandomize=True, phases=[Phase.generate], **_COMMON)
 settings.register_profile("thorough", max_examples=25, phases=[Phase.generate], **_COMMON)
 if settings.get_current_profile_name() not in ("quick", "thorough"):
     settings.load_profile("quick")

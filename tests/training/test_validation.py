@@ -2,13 +2,14 @@
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from megatron_pdmd.config import Config, EvaluationConfig, MethodConfig
+from megatron_pdmd.config import CheckpointConfig, Config, EvaluationConfig, MethodConfig
 from megatron_pdmd.data.prompts import PromptEmbeddings
 from megatron_pdmd.diffusion import FlowMatchingSchedule, PhasePlan
 from megatron_pdmd.distillation.randomness import Counter, Purpose
@@ -49,9 +50,15 @@ def iteration_of(sampler: Sampler, method: MethodConfig, phase: int) -> Iteratio
     return Iteration(method, sampler.plan, sampler.plan.phases[phase - 1], SCHEDULE, SHAPE, torch.device("cpu"))
 
 
-def validation_of(method: MethodConfig) -> Validation:
+@pytest.fixture
+def validation_of(tmp_path: Path) -> Callable[[MethodConfig], Validation]:
+    """The function ``validation_of(method)``: evaluations of a run in a folder of its own."""
     evaluation = EvaluationConfig(eval_interval=1, eval_samples=COUNT, teacher_steps=STEPS)
-    return Validation(Config(method=method, evaluation=evaluation))
+
+    def make(method: MethodConfig) -> Validation:
+        return Validation(Config(method=method, evaluation=evaluation, checkpoint=CheckpointConfig(save=tmp_path)))
+
+    return make
 
 
 @pytest.fixture
@@ -81,7 +88,7 @@ def test_samples_do_not_depend_on_batches_or_replicas(run_ranks):
         assert others == [[None, None]] * (world - 1)
 
 
-def test_a_student_that_is_its_teacher_is_at_no_distance_and_at_the_floor(topology, method):
+def test_a_student_that_is_its_teacher_is_at_no_distance_and_at_the_floor(validation_of, topology, method):
     validation, sampler = validation_of(method), sampler_of(topology)
     first = validation.evaluate(sampler, iteration_of(sampler, method, 1), 1, draw=False)
     assert first["sample_distance"] < 1e-6 and math.isnan(first["sample_change"])
@@ -91,7 +98,7 @@ def test_a_student_that_is_its_teacher_is_at_no_distance_and_at_the_floor(topolo
     assert again["sample_change"] == 0 and again["eval_fake_loss"] == first["eval_fake_loss"]
 
 
-def test_distances_are_relative_to_the_teacher_and_to_the_last_evaluation(topology, method):
+def test_distances_are_relative_to_the_teacher_and_to_the_last_evaluation(validation_of, topology, method):
     validation, students = validation_of(method), [sampler_of(topology, student=factor) for factor in (0.5, 0.6, 0.7)]
     iteration = iteration_of(students[0], method, 1)
     found = [validation.evaluate(sampler, iteration, number, draw=False) for number, sampler in enumerate(students)]
@@ -105,7 +112,7 @@ def test_distances_are_relative_to_the_teacher_and_to_the_last_evaluation(topolo
 
 
 @pytest.mark.parametrize("phase", [1, 2])
-def test_losses_are_eq_13_at_fixed_times_and_noise(phase, topology, method):
+def test_losses_are_eq_13_at_fixed_times_and_noise(validation_of, phase, topology, method):
     """The fake score's on the student's samples at the phase's end, the teacher's on its own, noised to that end."""
     method = replace(method, phase_steps=(2, 2))
     sampler = sampler_of(topology, student=0.7, fake=-0.3, steps=(2, 2))
