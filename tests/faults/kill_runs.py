@@ -141,6 +141,7 @@ def _disturbed(
     """Launches a run again and again until it is done, and disturbs its first launches."""
     kills: list[Kill] = []
     for _ in range(MOST_LAUNCHES):
+        before = len(_output(folder, "0"))
         with _job(name, folder) as ranks:
             kill = _strike(name, folder, ranks, draw, seconds) if len(kills) < wanted else None
             started = time.monotonic()
@@ -148,7 +149,8 @@ def _disturbed(
         if kill:
             kill.codes, kill.seconds = codes, time.monotonic() - started
             kills.append(kill)
-            kill.problems += _bad_end(kill, folder)
+            trains = " of 2 (" in _output(folder, "0")[before:]  # the line with which a phase begins
+            kill.problems += _bad_end(kill, folder, trains and _saved(folder) < ITERATIONS)
         elif set(codes) == {0}:
             return kills
         else:
@@ -165,10 +167,10 @@ def _with_problem(kills: list[Kill], name: str, problem: str) -> list[Kill]:
     return kills
 
 
-def _bad_end(kill: Kill, folder: Path) -> list[str]:
-    """What is wrong with how a job ended after its signal."""
+def _bad_end(kill: Kill, folder: Path, trains: bool) -> list[str]:
+    """What is wrong with how a job ended after its signal; `trains`: it had something to save."""
     problems = ["hung"] if any(code == -signal.SIGALRM for code in kill.codes) else []
-    if kill.signal != "SIGKILL" and _saved(folder) < ITERATIONS:  # later there is nothing left to save
+    if kill.signal != "SIGKILL" and trains:
         if not set(kill.codes) <= {0, 3}:
             problems.append(f"a polite signal must end in 0 or 3: {_output(folder)[-1000:]}")
         if len(set(kill.codes)) > 1:
@@ -319,8 +321,9 @@ def _log(folder: Path, rank: int) -> Path:
     return folder.with_name(f"{folder.name}.rank{rank}.log")
 
 
-def _output(folder: Path) -> str:
-    logs = sorted(folder.parent.glob(f"{folder.name}.rank*.log"))
+def _output(folder: Path, rank: str = "*") -> str:
+    """What the ranks of all launches printed, or one of them."""
+    logs = sorted(folder.parent.glob(f"{folder.name}.rank{rank}.log"))
     return "\n".join(f"{path.name}: {path.read_text(errors='replace')}" for path in logs)
 
 
