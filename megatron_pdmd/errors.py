@@ -111,7 +111,7 @@ def line_and_code(error: BaseException) -> tuple[str, int] | None:
         return text, FAILED
     if isinstance(error, OSError):
         return _os_error(error, text)
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         told = text.partition(". ")[0] or "the machine has no more"
         mend = "take smaller batches, or for training more ranks or --recompute-granularity full"
         return f"out of memory ({told}); {mend}", FAILED
@@ -130,7 +130,8 @@ def _os_error(error: OSError, text: str) -> tuple[str, int]:
     return f"{path}{(error.strerror or text).lower()}; {mend}", BAD_INPUT if error.errno in _MENDS else FAILED
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, a device's or the machine's; torch's CPU allocator raises a plain RuntimeError."""
     names = {kind.__name__ for kind in type(error).__mro__}  # torch's own, without importing torch
     return bool(names & {"MemoryError", "OutOfMemoryError"}) or "DefaultCPUAllocator: can't allocate" in str(error)
 

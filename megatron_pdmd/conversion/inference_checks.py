@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from megatron_pdmd.conversion.pipeline_folder import PipelineFolder
+from megatron_pdmd.errors import is_out_of_memory
 from megatron_pdmd.models.loading import read_model_folder
 from megatron_pdmd.models.wan import WanConfig
 from megatron_pdmd.models.wan.weights import tensor_shapes
@@ -104,8 +105,8 @@ def memory_told(mend: str) -> Iterator[None]:
     """
     try:
         yield
-    except (MemoryError, RuntimeError) as error:  # torch's CPU allocator raises a plain RuntimeError
-        text = " ".join(str(error).split())
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in text:
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
+        text = " ".join(str(error).split())
         raise ValueError(f"not enough memory ({text[:160]}); {mend}") from None
