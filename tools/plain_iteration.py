@@ -63,7 +63,7 @@ class PlainDistillation:
     """The networks of a run and its iterations.
 
     Args:
-        config: the run. The method's ablations, weight decay and the moving average are left out.
+        config: the run. Weight decay, the moving average and other ablations are left out.
         load_teacher: loads the teacher's network of an expert, in fp32, bf16 (as diffusers mixes it) or fp64; called
             for every network that starts from it.
         boundary: of the teacher's experts, "high_noise" and "low_noise"; None for the one expert "single".
@@ -84,7 +84,7 @@ class PlainDistillation:
         around_models: AbstractContextManager | None = None,
     ):
         method = config.method
-        assert method.objective == "flow" and method.dmd_weighting == "score" and method.gradient_truncation == "sgts"
+        assert method.objective == "flow" and method.dmd_weighting == "score"
         assert method.noise_interval == "nested" and method.timestep_distribution == "uniform"
         assert method.fake_rollout == "same" and method.fake_experts == "match-teacher" and not method.fake_warmup
         assert not method.ema_decay and not config.optimizer.weight_decay
@@ -175,15 +175,19 @@ class PlainDistillation:
         Args:
             index: 0-based iteration of the phase.
         """
-        counter = Counter(self.config.training.seed, self.phase, index, GENERATOR_UPDATE)
-        fakes = [self.fake_update(counter.at(update=n)) for n in range(self.config.method.fake_updates)]
+        method, counter = self.config.method, Counter(self.config.training.seed, self.phase, index, GENERATOR_UPDATE)
+        counters = [*(counter.at(update=n) for n in range(method.fake_updates)), counter]
+        reuse = method.phase_start_reuse if self.phase > 1 else 1
+        # Prompts and initial noise are those of the group's first update, so its start comes out again.
+        *pairs, last = ((own, counters[n // reuse * reuse]) for n, own in enumerate(counters))
+        fakes = [self.fake_update(*pair) for pair in pairs]
         fake = {name: torch.stack([update[name] for update in fakes]).mean() for name in fakes[0]}
-        return {name: value.item() for name, value in (fake | self.generator_update(counter)).items()}
+        return {name: value.item() for name, value in (fake | self.generator_update(*last)).items()}
 
-    def fake_update(self, counter: Counter) -> dict[str, Tensor]:
+    def fake_update(self, counter: Counter, shared: Counter) -> dict[str, Tensor]:
         """Eq. 13, or Eq. 4 where s = 0."""
-        s, text = self.end, self.text(counter)
-        x_s = self.rollout(counter, text, gradient=False)
+        s, text = self.end, self.text(shared)
+        x_s = self.rollout(counter, shared, text, gradient=False)
         t, eps, expert = self.diffusion(counter)
         x_t, t_5d, _, sigma_ts = self.diffuse(x_s, eps, t)
         flow = self.fake_flow(expert, x_t, t, text)
@@ -198,10 +202,10 @@ class PlainDistillation:
         loss.backward()
         return {"fake_loss": loss.detach(), "fake_grad_norm": self.fake_optimizer[expert].step()}
 
-    def generator_update(self, counter: Counter) -> dict[str, Tensor]:
-        """Eq. 9 to 11, through the one evaluation that stochastic gradient truncation chose."""
-        text = self.text(counter)
-        x_s = self.rollout(counter, text, gradient=True)
+    def generator_update(self, counter: Counter, shared: Counter) -> dict[str, Tensor]:
+        """Eq. 9 to 11, through the one evaluation that stochastic gradient truncation chose, or all."""
+        text = self.text(shared)
+        x_s = self.rollout(counter, shared, text, gradient=True)
         t, eps, expert = self.diffusion(counter)
         x_t, t_5d, alpha_ts, _ = self.diffuse(x_s.detach(), eps, t)
         with torch.no_grad():
@@ -218,15 +222,17 @@ class PlainDistillation:
         norm = self.generator_optimizer.step()
         return {"dmd_gradient": gradient.abs().mean(), "score_gap": gap.mean(), "generator_grad_norm": norm}
 
-    def rollout(self, counter: Counter, text: Tensor, gradient: bool) -> Tensor:
-        """x_s from noise by Euler steps; the phase's own steps stop at the drawn one, which jumps to s."""
-        x = counter.normal(Purpose.INITIAL_NOISE, self.latent_shape, self.samples).to(self.exact)
+    def rollout(self, counter: Counter, shared: Counter, text: Tensor, gradient: bool) -> Tensor:
+        """x_s from noise by Euler steps; of the phase's own all, or those up to a drawn one, which jumps to s."""
+        x = shared.normal(Purpose.INITIAL_NOISE, self.latent_shape, self.samples).to(self.exact)
         own = self.times_of(self.phase)
-        kept = own[: 1 + counter.integer(Purpose.TRUNCATION, len(own) - 1)]
+        through_all = self.config.method.gradient_truncation == "none"
+        kept = own[:-1] if through_all else own[: 1 + counter.integer(Purpose.TRUNCATION, len(own) - 1)]
         moves = [(k, *pair) for k in range(1, self.phase) for pair in pairwise(self.times_of(k))]
         moves += [(self.phase, *pair) for pair in zip(kept, [*kept[1:], self.end], strict=True)]
         for move, (k, t, t_next) in enumerate(moves, start=1):
-            with torch.set_grad_enabled(gradient and move == len(moves)):
+            learns = move == len(moves) or (through_all and k == self.phase)
+            with torch.set_grad_enabled(gradient and learns):
                 flow = self.generator_flow(k, x, torch.full((len(x),), t, dtype=self.exact), text)
                 x = x + (t_next - t) * flow
         return x

@@ -49,6 +49,11 @@ class Backward:
     output: torch.Tensor
     gradient: torch.Tensor | None = None
 
+    def run(self, share: float = 1.0, *, retain_graph: bool = False) -> None:
+        """Runs it as far as the graph reaches, with its gradient multiplied by `share`."""
+        gradient = torch.ones_like(self.output) if self.gradient is None else self.gradient
+        self.output.backward(share * gradient, retain_graph=retain_graph)
+
 
 @dataclass(frozen=True)
 class Generator:

@@ -1,8 +1,9 @@
 """One iteration of Phased DMD: fake updates, then one generator update, as programs of passes.
 
-A program is a Python generator. It yields each model evaluation (`Pass`) and each backward pass (`Backward`) it
-needs, is sent the flow that the evaluation gave, and returns the numbers to log. So this file says what an iteration
-is, and whoever drives the programs says when and where each pass runs: `walk` runs one program in order on one rank.
+A program is a Python generator. It yields the model evaluations (`Pass`) that it needs next, those that do not need
+each other together, is sent the flow that each gave, and yields a backward pass (`Backward`) at its end; it returns
+the numbers to log. So this file says what an iteration is, and whoever drives the programs says when and where each
+pass runs: `walk` runs one program in order on one rank.
 """
 
 import math
@@ -11,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Generator as Coroutine
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -19,14 +20,18 @@ from megatron_pdmd.config import MethodConfig
 from megatron_pdmd.diffusion.noise_schedule import NoiseSchedule, sample_timesteps, timestep_cdf
 from megatron_pdmd.diffusion.phases import Expert, Phase, PhasePlan, expert_at, noise_interval
 from megatron_pdmd.diffusion.prediction import from_flow
-from megatron_pdmd.diffusion.sampler import euler_step, moves_of
+from megatron_pdmd.diffusion.sampler import Move, euler_step, moves_of
 from megatron_pdmd.distillation.distribution_matching import dmd_gradient, guided_flow
 from megatron_pdmd.distillation.randomness import Counter, Purpose
 from megatron_pdmd.distillation.roles import Backward, Pass, Roles
 from megatron_pdmd.distillation.score_matching import score_matching_loss
 
 Metrics = dict[str, torch.Tensor]
-Program = Coroutine[Pass | Backward, torch.Tensor | None, Metrics]
+Request = tuple[Pass, ...] | Backward
+Reply = tuple[torch.Tensor, ...] | None
+Program = Coroutine[Request, Reply, Metrics]
+Rollout = Coroutine[Request, Reply, torch.Tensor]
+Result = TypeVar("Result")
 
 GENERATOR_UPDATE = -1  # the counter's `update` of an iteration's generator update
 
@@ -69,34 +74,51 @@ class Iteration:
     latent_shape: tuple[int, ...]
     device: torch.device
 
-    def fake_update(self, counter: Counter, batch: MicroBatch) -> Program:
-        """The fake score learns the generator's present distribution p(x_s): Eq. 4, 13 or 15."""
+    def phase_start(self, counter: Counter, batch: MicroBatch) -> Rollout:
+        """pipeline(G_1 .. G_{k-1}): latents at the phase's start, fp32 [B, C, F, H, W], by the frozen phases alone."""
+        x = counter.normal(Purpose.INITIAL_NOISE, self.latent_shape, batch.samples, self.device)
+        for move in moves_of(self.plan.phases[: self.phase.index - 1]):
+            x = yield from self._moved(x, move, batch, gradient=False)
+        return x
+
+    def fake_update(self, counter: Counter, batch: MicroBatch, start: torch.Tensor | None = None) -> Program:
+        """The fake score learns the generator's present distribution p(x_s): Eq. 4, 13 or 15.
+
+        Args:
+            counter: where the update's draws are made.
+            batch: what it works on.
+            start: the batch's latents at the phase's start, [B, C, F, H, W]; None runs `phase_start`.
+        """
         method = self.method
         truncation = self._truncation(
             counter, full=method.fake_rollout == "full" or method.gradient_truncation == "none"
         )
-        x_s = yield from self._rollout(counter, batch, truncation, gradient=False)
+        x_s = yield from self._rollout(counter, batch, start, truncation, gradient=False)
         u, noise, expert = self._diffusion(counter, batch)
         t = self.times(u)
         x_t = self.schedule.diffuse(x_s, noise, torch.full_like(t, self.phase.end), t)
-        flow = yield Pass("fake_score", expert, x_t, t, batch.conditions, gradient=True)
+        (flow,) = yield (Pass("fake_score", expert, x_t, t, batch.conditions, gradient=True),)
         loss = self.fake_loss(flow, x_s, x_t, noise, t)
         yield Backward(loss)
         return {"fake_loss": loss.detach()}
 
-    def generator_update(self, counter: Counter, batch: MicroBatch) -> Program:
-        """The generator descends the KL divergence at the phase's end s: Eq. 9 to 11."""
+    def generator_update(self, counter: Counter, batch: MicroBatch, start: torch.Tensor | None = None) -> Program:
+        """The generator descends the KL divergence at the phase's end s: Eq. 9 to 11; arguments as `fake_update`'s."""
         method = self.method
         truncation = self._truncation(counter, full=method.gradient_truncation == "none")
-        x_s = yield from self._rollout(counter, batch, truncation, gradient=True)
+        x_s = yield from self._rollout(counter, batch, start, truncation, gradient=True)
         u, noise, expert = self._diffusion(counter, batch)
         t = self.times(u)
         s, sample = torch.full_like(t, self.phase.end), x_s.detach()
         x_t = self.schedule.diffuse(sample, noise, s, t)
-        teacher_flow = yield Pass("teacher", expert, x_t, t, batch.conditions)
         scale = guidance_scale(method, expert)
-        unconditional = (yield Pass("teacher", expert, x_t, t, batch.negative)) if scale != 1 else None
-        fake_flow = yield Pass("fake_score", expert, x_t, t, batch.conditions)
+        guided = [Pass("teacher", expert, x_t, t, batch.negative)] if scale != 1 else []
+        teacher_flow, *negative, fake_flow = yield (
+            Pass("teacher", expert, x_t, t, batch.conditions),
+            *guided,
+            Pass("fake_score", expert, x_t, t, batch.conditions),
+        )
+        unconditional = negative[0] if negative else None
         gradient = dmd_gradient(
             teacher_flow,
             fake_flow,
@@ -139,22 +161,24 @@ class Iteration:
         return steps if full else 1 + counter.integer(Purpose.TRUNCATION, steps)
 
     def _rollout(
-        self, counter: Counter, batch: MicroBatch, truncation: int, gradient: bool
-    ) -> Coroutine[Pass, torch.Tensor, torch.Tensor]:
-        """x_s = pipeline(G_1 .. G_k) from noise, [B, C, F, H, W] fp32; with `gradient`, through the phase's last step
-        run.
+        self, counter: Counter, batch: MicroBatch, start: torch.Tensor | None, truncation: int, gradient: bool
+    ) -> Rollout:
+        """x_s = pipeline(G_1 .. G_k), [B, C, F, H, W] fp32; with `gradient`, through the phase's last step run.
 
         Without truncation (`--gradient-truncation none`) the gradient runs through all the phase's steps.
         """
-        x = counter.normal(Purpose.INITIAL_NOISE, self.latent_shape, batch.samples, self.device)
+        x = (yield from self.phase_start(counter, batch)) if start is None else start
         through_all = self.method.gradient_truncation == "none"
-        moves = moves_of(self.plan.phases[: self.phase.index], truncation)
+        moves = moves_of((self.phase,), truncation)
         for move in moves:
-            learns = gradient and move.phase == self.phase and (through_all or move is moves[-1])
-            t = torch.full((len(batch.samples),), move.t, device=self.device)
-            flow = yield Pass("generator", move.phase.index, x, t, batch.conditions, gradient=learns)
-            x = euler_step(x, flow, t, torch.full_like(t, move.t_next), self.schedule)
+            x = yield from self._moved(x, move, batch, gradient=gradient and (through_all or move is moves[-1]))
         return x
+
+    def _moved(self, x: torch.Tensor, move: Move, batch: MicroBatch, gradient: bool) -> Rollout:
+        """x after one evaluation of a phase's expert and the Euler step."""
+        t = torch.full((len(batch.samples),), move.t, device=self.device)
+        (flow,) = yield (Pass("generator", move.phase.index, x, t, batch.conditions, gradient=gradient),)
+        return euler_step(x, flow, t, torch.full_like(t, move.t_next), self.schedule)
 
     def interval(self) -> tuple[float, float]:
         """The noise interval from which this phase draws t."""
@@ -248,15 +272,15 @@ def guidance_scale(method: MethodConfig, expert: str) -> float:
 
 
 def walk(
-    program: Program,
+    program: Coroutine[Request, Reply, Result],
     roles: Roles,
     share: float = 1.0,
     around: Callable[[Pass | Backward], AbstractContextManager[None]] = lambda request: nullcontext(),
-) -> Metrics:
-    """Runs a program's passes in order on this rank and returns its numbers.
+) -> Result:
+    """Runs a program's passes in order on this rank and returns what it returns.
 
     Args:
-        program: one micro-batch's part of an update.
+        program: one micro-batch's part of an update, or its start of the phase.
         roles: who answers its passes.
         share: what the micro-batch counts in the update's mean; its gradients are multiplied by it.
         around: each request is answered inside of what this gives for it; for who measures.
@@ -267,10 +291,14 @@ def walk(
             request = program.send(reply)
         except StopIteration as finished:
             return finished.value
-        with around(request):
-            if isinstance(request, Pass):
-                reply = roles.run(request)
-            else:
-                gradient = torch.ones_like(request.output) if request.gradient is None else request.gradient
-                request.output.backward(share * gradient)
-                reply = None
+        if isinstance(request, Backward):
+            with around(request):
+                request.run(share)
+            reply = None
+        else:
+            reply = tuple(_answered(one, roles, around) for one in request)
+
+
+def _answered(request: Pass, roles: Roles, around: Callable[[Pass], AbstractContextManager[None]]) -> torch.Tensor:
+    with around(request):
+        return roles.run(request)
