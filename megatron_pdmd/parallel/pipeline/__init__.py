@@ -1,0 +1,1 @@
+"""Pipeline parallelism: one iteration of all roles as one graph of passes, scheduled as a whole."""
