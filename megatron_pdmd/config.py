@@ -68,6 +68,8 @@ class MethodConfig:
     fake_warmup: int = 0
     # Samples the fake score learns from: truncated like the generator's, or run through all steps of the phase.
     fake_rollout: Literal["same", "full"] = "same"
+    # Updates of an iteration that share one rollout of the frozen earlier phases, its prompts and its noise.
+    phase_start_reuse: int = 1
     # Networks of the fake score: one for each teacher expert in range, or one from the phase's own expert.
     fake_experts: Literal["match-teacher", "single"] = "match-teacher"
     # Trained parameters of the generator: adapters on the teacher's weights, or a full copy.
@@ -156,6 +158,14 @@ class ParallelConfig:
     tensor_model_parallel_size: int = 1
     # Split the activations between the tensor-parallel layers over the same ranks.
     sequence_parallel: bool = False
+    # Stages that share the layers, one after another.
+    pipeline_model_parallel_size: int = 1
+    # interleaved: all passes of an iteration are scheduled as one; sequential: one pipeline for each pass.
+    pipeline_schedule: Literal["interleaved", "sequential"] = "interleaved"
+    # Layers of each stage; not given, an even split in which embeddings and head count as a layer each.
+    pipeline_layer_split: Ints = ()
+    # Micro-batches whose activations a stage holds at most; 0 takes what 1F1B holds: the stages, or all if fewer.
+    pipeline_live_microbatches: int = 0
     # Ranks that share each sequence.
     context_parallel_size: int = 1
     # ulysses trades tokens for heads by all-to-all, ring passes keys and values on; auto: ulysses where heads divide.

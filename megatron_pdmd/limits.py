@@ -42,6 +42,7 @@ LIMITS = {
     "guidance_scale": Range(0, 100),
     "fake_updates": Range(1, 10**4),
     "fake_warmup": Range(0, 10**6),
+    "phase_start_reuse": Range(1, 10**6),
     "lora_rank": Range(1, 8192),
     "lora_alpha": Range(0, 10**6, open_below=True),
     "ema_decay": _SHARE,
@@ -68,6 +69,9 @@ LIMITS = {
     "exit_interval": Range(0, _ITERATIONS),
     "max_skipped_updates": Range(0, _ITERATIONS),
     "tensor_model_parallel_size": Range(1, 4096),
+    "pipeline_model_parallel_size": Range(1, 4096),
+    "pipeline_layer_split": Range(1, 4096),
+    "pipeline_live_microbatches": Range(0, 2**20),
     "context_parallel_size": Range(1, 4096),
     "distributed_timeout_minutes": Range(0, 10080, open_below=True),  # a week
     "prompt_length": Range(1, 8192),

@@ -29,6 +29,7 @@ from megatron_pdmd.files.whole import check_destination
 from megatron_pdmd.models.layers.attention import attention_backend
 from megatron_pdmd.models.wan import check_layout
 from megatron_pdmd.options import convert
+from megatron_pdmd.parallel.pipeline.stages import layer_split
 from megatron_pdmd.parallel.topology import check_sizes
 from megatron_pdmd.training.checkpoints.start import find_start
 from megatron_pdmd.training.logs.wandb_log import check_wandb
@@ -148,11 +149,12 @@ def _latent_shape(config: Config, source: PipelineFolder) -> tuple[int, ...]:
 
     Raises:
         ValueError: a teacher that needs more than text, a side that its patches do not divide or that is longer than it
-            knows, or ranks that its heads do not divide over.
+            knows, or ranks that its heads do not divide over or its layers do not fit.
     """
     ranks, data = config.parallel, config.data
     tensor, context = ranks.tensor_model_parallel_size, ranks.context_parallel_size
-    check_sizes(tensor, 1, context, ranks.sequence_parallel)
+    stages = ranks.pipeline_model_parallel_size
+    check_sizes(tensor, stages, context, ranks.sequence_parallel)
     sides = (data.frames, data.height, data.width)
     for expert, model in source.configs.items():
         if model.in_channels != model.out_channels:
@@ -161,6 +163,7 @@ def _latent_shape(config: Config, source: PipelineFolder) -> tuple[int, ...]:
                 f" {model.out_channels}, as image-to-video models do; training takes text-to-video models only"
             )
         check_layout(model, tensor, context, ranks.context_parallel_method)
+        layer_split(model.num_layers, stages, ranks.pipeline_layer_split)
         for flag, side, patch in zip(("--frames", "--height", "--width"), sides, model.patch_size, strict=True):
             if side % patch:
                 raise ValueError(f"{flag} {side}: the teacher's patches are {patch} wide; give a multiple of it")

@@ -144,6 +144,12 @@ def test_bad_flags_and_keys(refusal, tmp_path):
             ],
             "use a context size of 1 or 2, or ring",
         ),
+        (
+            ["--pipeline-model-parallel-size", "2"],
+            "--pipeline-model-parallel-size 2: the model has 1 layers and a stage needs one; use 1 or fewer",
+        ),
+        (["--pipeline-layer-split", "1,1"], "names 2 stages, --pipeline-model-parallel-size is 1"),
+        (["--pipeline-layer-split", "2"], "--pipeline-layer-split 2: adds up to 2, the model has 1 layers; give each"),
         (["--task", "moving_digits", "--task-folder", "nowhere"], "--task-folder nowhere: has no classifier"),
     ],
 )

@@ -12,12 +12,13 @@ from megatron_pdmd.models.lora import (
     merged_state_dict,
     remove_adapter,
 )
-from megatron_pdmd.models.wan import WAN_PRESETS, WanConfig, WanModel
+from megatron_pdmd.models.wan import WAN_PRESETS, Hidden, WanConfig, WanModel
 
 __all__ = [
     "WAN_PRESETS",
     "AdapterConfig",
     "Conditions",
+    "Hidden",
     "WanConfig",
     "WanModel",
     "adapter_parameters",

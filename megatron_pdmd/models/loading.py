@@ -72,7 +72,7 @@ def from_hf(
         subfolder: the model inside a pipeline's folder.
         dtype: of the parameters that are not kept in fp32.
         device: where the weights go; the topology's device by default.
-        **options: further keyword arguments of `WanModel`.
+        **options: further keyword arguments of `WanModel`; of a `stage` only the tensors that stand there are read.
 
     Raises:
         ValueError: something is missing, broken or of another model, or this rank's part of a tensor holds values that
@@ -111,11 +111,12 @@ def _open(path: Path) -> safe_open:
 
 @torch.no_grad()
 def _read_weights(model: WanModel, sources: Mapping[str, tuple[Path, str]]) -> None:
-    """Fills the parameters, file by file, with this rank's slices."""
+    """Fills the parameters, file by file, with this rank's slices; what stands on other stages is left alone."""
     parameters = dict(base_parameters(model))
-    for path in sorted({path for path, _ in sources.values()}):
+    own = {name: sources[name] for name in sources if name in parameters}
+    for path in sorted({path for path, _ in own.values()}):
         with _open(path) as file:
-            for name, (where, stored) in sources.items():
+            for name, (where, stored) in own.items():
                 if where == path:
                     _read_tensor(model, parameters[name], file.get_slice(stored))
                     require_finite([(name, parameters[name])], path)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from megatron_pdmd.models.layers.linear import ColumnLinear, RowLinear, linear_init
 from megatron_pdmd.models.layers.tensor_parallel import TensorParallel, partition_dim
+from megatron_pdmd.parallel.pipeline.relay import Relay
 
 # Endings of the names of every attention and feed-forward linear.
 DEFAULT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
@@ -48,6 +49,7 @@ class AdaptableModel(Protocol):
 
     adapters: dict[str, AdapterConfig]
     parallel: TensorParallel
+    relay: Relay
 
 
 def add_adapter(
@@ -134,15 +136,13 @@ def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 def adapter_state_dict(model: nn.Module, name: str) -> dict[str, Tensor]:
     """The whole A and B of an adapter as `<linear>.lora_A.weight` and `<linear>.lora_B.weight`, detached.
 
+    Of all pipeline stages, which call it together.
+
     Raises:
         ValueError: there is no such adapter.
     """
-    state = {}
-    for linear_name, linear in _adapted(model, name):
-        dims = linear.adapter_partition_dims
-        for letter, parameters, dim in zip("AB", (linear.lora_A, linear.lora_B), dims, strict=True):
-            state[f"{linear_name}.lora_{letter}.weight"] = model.parallel.unshard(parameters[name].detach(), dim)
-    return state
+    own = {key: _whole(model, parameter) for key, parameter in named_adapter_parameters(model, name)}
+    return {key: tensor.gather() for key, tensor in _of_all_stages(model, own).items()}
 
 
 @torch.no_grad()
@@ -177,8 +177,8 @@ class WholeTensor:
 
     Attributes:
         shape, dtype: of the whole tensor.
-        gather: makes it; a collective call over the tensor-parallel group where it is sharded. What was neither merged
-            nor gathered is the parameter's own memory.
+        gather: makes it; a collective call over the tensor-parallel group where it is sharded, and over the pipeline
+            where that has stages. What was neither merged nor gathered is the parameter's own memory.
     """
 
     shape: tuple[int, ...]
@@ -189,26 +189,47 @@ class WholeTensor:
 def merged_weights(model: nn.Module, name: str | None) -> dict[str, WholeTensor]:
     """The model's whole tensors, with an adapter merged into them in fp32 where one is named, made when asked for.
 
+    Those of all pipeline stages, which call it together, sorted by name: their order does not depend on the layout.
+
     Raises:
         ValueError: there is no such adapter.
     """
     adapted = {} if name is None else {f"{key}.weight": linear for key, linear in _adapted(model, name)}
+    deltas = {key: functools.partial(linear.adapter_delta, name) for key, linear in adapted.items()}
+    return _of_all_stages(model, {key: _whole(model, p, deltas.get(key)) for key, p in base_parameters(model)})
+
+
+def _whole(model: nn.Module, parameter: nn.Parameter, delta: Callable[[], Tensor] | None = None) -> WholeTensor:
+    """A parameter of this rank's stage in full; with `delta`, plus what that makes, which is split alike."""
 
     @torch.no_grad()
-    def gather(parameter: nn.Parameter, linear: AdaptableLinear | None) -> Tensor:
+    def gather() -> Tensor:
         tensor = parameter.detach()
-        if linear is not None:
+        if delta is not None:
             exact = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-            tensor = (exact + linear.adapter_delta(name)).to(tensor.dtype)
+            tensor = (exact + delta()).to(tensor.dtype)
         return model.parallel.unshard(tensor, partition_dim(parameter))
 
-    def whole(key: str, parameter: nn.Parameter) -> WholeTensor:
-        dim, shape = partition_dim(parameter), list(parameter.shape)
-        if dim is not None:
-            shape[dim] *= model.parallel.size
-        return WholeTensor(tuple(shape), parameter.dtype, functools.partial(gather, parameter, adapted.get(key)))
+    dim, shape = partition_dim(parameter), list(parameter.shape)
+    if dim is not None:
+        shape[dim] *= model.parallel.size
+    return WholeTensor(tuple(shape), parameter.dtype, gather)
 
-    return {key: whole(key, parameter) for key, parameter in base_parameters(model)}
+
+def _of_all_stages(model: nn.Module, own: Mapping[str, WholeTensor]) -> dict[str, WholeTensor]:
+    """The tensors of all pipeline stages, which call it together, sorted by name."""
+    device = next(model.parameters()).device
+
+    def gather(stage: int, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        tensor = own[name].gather() if name in own else torch.empty(shape, dtype=dtype, device=device)
+        return model.relay.from_stage(stage, tensor)
+
+    found = {}
+    stages = model.relay.words_of_all({name: (tensor.shape, tensor.dtype) for name, tensor in own.items()})
+    for stage, held in enumerate(stages):
+        for name, looks in held.items():
+            found[name] = WholeTensor(*looks, functools.partial(gather, stage, name, *looks))
+    return dict(sorted(found.items()))
 
 
 @torch.no_grad()
@@ -231,7 +252,7 @@ def adapter_movement(model: nn.Module, name: str) -> Tensor:
     """How far an adapter moves its model: |(alpha / rank) B A| / |W| over all its linears, a scalar on the device.
 
     |B A|^2 = tr((B^T B)(A A^T)) takes rank x rank products alone. Collective over the tensor-parallel group, each rank
-    of which has a part of the rows or columns of both.
+    of which has a part of the rows or columns of both, and over the pipeline's stages.
 
     Raises:
         ValueError: there is no such adapter.
@@ -248,7 +269,7 @@ def adapter_movement(model: nn.Module, name: str) -> Tensor:
 def weight_movement(model: nn.Module, start: nn.Module) -> Tensor:
     """How far a network is from another of its kind: |W - W0| / |W0| over all weights, adapters aside.
 
-    A scalar on the device; collective over the tensor-parallel group.
+    A scalar on the device; collective over the tensor-parallel group and the pipeline's stages.
     """
     change, base = [], []
     for (_, weight), (_, origin) in zip(base_parameters(model), base_parameters(start), strict=True):
@@ -263,7 +284,8 @@ def _squared_norm(tensor: Tensor) -> Tensor:
 
 
 def _relative(model: nn.Module, change: list[Tensor], base: list[Tensor]) -> Tensor:
-    sums = model.parallel.all_reduce(torch.stack([torch.stack(change).sum(), torch.stack(base).sum()]))
+    own = torch.stack([torch.stack(change).sum(), torch.stack(base).sum()])
+    sums = model.relay.all_reduce(model.parallel.all_reduce(own))
     return (sums[0].clamp(min=0) / sums[1]).sqrt()
 
 

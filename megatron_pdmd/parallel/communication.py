@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-Kind = Literal["all-gather", "reduce-scatter", "all-reduce", "all-to-all", "send"]
+Kind = Literal["all-gather", "reduce-scatter", "all-reduce", "all-to-all", "broadcast", "send"]
 
 # torch's operators of each kind, and which of their arguments is the whole: what all ranks gather, scatter or sum.
 _OPERATORS: dict[str, tuple[Kind | None, int]] = {
@@ -23,6 +23,7 @@ _OPERATORS: dict[str, tuple[Kind | None, int]] = {
     "allreduce_": ("all-reduce", 0),
     "allreduce_coalesced_": ("all-reduce", 0),
     "alltoall_base_": ("all-to-all", 1),
+    "broadcast_": ("broadcast", 0),
     "send": ("send", 0),
     "recv_": (None, 0),  # counted where it is sent
     "barrier": (None, 0),

@@ -163,6 +163,8 @@ def _build_groups(
             pipeline_model_parallel_size=pipeline,
             context_parallel_size=context,
             create_gloo_process_groups=False,
+            # No weight stands on two stages, so there are no gradients of embeddings to sum over the first and last.
+            get_embedding_ranks=lambda ranks: ranks[:1],
             distributed_timeout_minutes=timeout_minutes,
         )
     return Topology(

@@ -66,11 +66,12 @@ def test_a_call_is_counted_with_what_it_moves(run_ranks):
             torch.distributed.all_reduce(x)
             torch.distributed.all_gather_into_tensor(torch.empty(8), torch.ones(4))
             torch.distributed.reduce_scatter_tensor(torch.empty(4), torch.ones(8))
+            torch.distributed.broadcast(torch.ones(3), 1)
         return counter.volume
 
     for volume in run_ranks(on_a_rank, 2):
-        assert volume.calls == {"all-reduce": 1, "all-gather": 1, "reduce-scatter": 1}
-        assert volume.bytes == {"all-reduce": 8, "all-gather": 32, "reduce-scatter": 32}
+        assert volume.calls == {"all-reduce": 1, "all-gather": 1, "reduce-scatter": 1, "broadcast": 1}
+        assert volume.bytes == {"all-reduce": 8, "all-gather": 32, "reduce-scatter": 32, "broadcast": 12}
 
 
 @pytest.mark.parametrize("method", ["ulysses", "ring"])

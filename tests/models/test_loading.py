@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from megatron_pdmd.models import WAN_PRESETS, WanConfig, WanModel, base_parameters, from_hf, to_hf_state_dict
 from megatron_pdmd.models.wan.weights import tensor_shapes, to_original_name
 from megatron_pdmd.parallel import without_cuda
+from megatron_pdmd.parallel.pipeline.stages import Stage
 
 CONFIG = WanConfig(
     num_attention_heads=2, attention_head_dim=12, in_channels=3, out_channels=3, text_dim=6, freq_dim=8, ffn_dim=20,
@@ -60,6 +61,23 @@ def test_original_names_are_understood(folder):
     save_file({to_original_name(name): tensor for name, tensor in load_file(path).items()}, path)
     state, reference = to_hf_state_dict(from_hf(folder)), teacher().state_dict()
     assert all(torch.equal(state[name], reference[name]) for name in reference)
+
+
+def test_a_stage_reads_its_own_tensors_of_a_folder_that_is_judged_as_a_whole(folder):
+    path, reference = folder / "transformer" / FILE, teacher().state_dict()
+    first, last = (Stage.of(index, (1, 1)) for index in range(2))
+    tensors = load_file(path)
+    tensors["blocks.1.ffn.net.2.bias"][0] = float("nan")
+    save_file(tensors, path)
+    own = dict(from_hf(folder, stage=first).named_parameters())
+    assert "blocks.0.ffn.net.2.bias" in own and "blocks.1.ffn.net.2.bias" not in own
+    assert all(torch.equal(parameter, reference[name]) for name, parameter in own.items())
+    with pytest.raises(ValueError, match=r"blocks\.1\.ffn\.net\.2\.bias"):
+        from_hf(folder, stage=last)
+    del tensors["blocks.1.ffn.net.2.bias"]
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match="1 missing tensors"):
+        from_hf(folder, stage=first)
 
 
 def test_links_out_of_the_folder_are_files_of_a_hub_cache(folder):

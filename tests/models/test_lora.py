@@ -118,7 +118,7 @@ def test_merging_into_bf16_adds_in_fp32():
     torch.manual_seed(0)
     model = WanModel(CONFIG, dtype=torch.bfloat16)
     add_adapter(model, "phase_1", rank=RANK, alpha=ALPHA)
-    linear = model.blocks[0].ffn.net[2]
+    linear = model.blocks["0"].ffn.net[2]
     torch.nn.init.normal_(linear.lora_B["phase_1"], std=1e-3)
     assert linear.lora_A["phase_1"].dtype == torch.float32
     exact = linear.weight.float() + ALPHA / RANK * linear.lora_B["phase_1"] @ linear.lora_A["phase_1"]

@@ -151,7 +151,7 @@ def test_recomputation_gives_identical_numbers(adapter, granularity):
     torch.manual_seed(0)
     model = WanModel(case.config)
     add_adapter(model, "phase_1", rank=2, alpha=4)
-    for block in model.blocks:
+    for block in model.blocks.values():
         torch.nn.init.normal_(block.attn1.to_q.lora_B["phase_1"])
     twin = copy.deepcopy(model)
     twin.recompute_granularity = granularity
@@ -193,12 +193,12 @@ def test_a_copy_shares_no_memory_and_keeps_the_marks():
     for (name, parameter), other in zip(model.named_parameters(), twin.parameters(), strict=True):
         assert torch.equal(parameter, other) and parameter.data_ptr() != other.data_ptr(), name
         assert partition_dim(parameter) == partition_dim(other), name
-    assert partition_dim(twin.blocks[0].attn1.to_q.weight) == 0
-    assert partition_dim(twin.blocks[0].attn1.to_q.bias) == 0
-    assert partition_dim(twin.blocks[0].attn1.to_out[0].weight) == 1
-    assert partition_dim(twin.blocks[0].attn1.to_out[0].bias) is None
-    assert partition_dim(twin.blocks[0].attn1.norm_q.weight) == 0
-    assert partition_dim(twin.blocks[0].ffn.net[2].weight) == 1
+    assert partition_dim(twin.blocks["0"].attn1.to_q.weight) == 0
+    assert partition_dim(twin.blocks["0"].attn1.to_q.bias) == 0
+    assert partition_dim(twin.blocks["0"].attn1.to_out[0].weight) == 1
+    assert partition_dim(twin.blocks["0"].attn1.to_out[0].bias) is None
+    assert partition_dim(twin.blocks["0"].attn1.norm_q.weight) == 0
+    assert partition_dim(twin.blocks["0"].ffn.net[2].weight) == 1
     assert partition_dim(twin.proj_out.weight) is None
 
 
