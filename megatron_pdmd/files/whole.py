@@ -1,5 +1,6 @@
 """Files that are there as a whole or not at all: written beside under another name, and renamed."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -73,7 +74,7 @@ def check_destination(folder: Path, flag: str, is_ours: Callable[[Path], bool]) 
     if folder.exists() and any(folder.iterdir()) and not is_ours(folder):
         raise ValueError(f"{flag} {folder}: is not empty and not made by this program; name a new folder")
     for neighbour in (unfinished(folder), _replaced(folder)):
-        if neighbour.exists() and not (neighbour / UNFINISHED).is_file():
+        if neighbour.exists() and not _is_leftover(neighbour):
             raise ValueError(f"{flag} {folder}: {neighbour} is in the way; move it, or name another folder")
 
 
@@ -132,7 +133,7 @@ def begin_folder(folder: Path, flag: str, is_ours: Callable[[Path], bool]) -> Pa
     (folder / UNFINISHED).unlink(missing_ok=True)
     for leftover in (partial, old):
         if leftover.exists():
-            shutil.rmtree(leftover)
+            _remove(leftover)
     partial.mkdir(parents=True)
     (partial / UNFINISHED).touch()
     return partial
@@ -141,7 +142,6 @@ def begin_folder(folder: Path, flag: str, is_ours: Callable[[Path], bool]) -> Pa
 def finish_folder(folder: Path) -> None:
     """Puts the folder that `begin_folder` made in the place of `folder`."""
     partial, old = unfinished(folder), _replaced(folder)
-    (partial / UNFINISHED).unlink()
     if folder.exists() and not any(folder.iterdir()):
         folder.rmdir()
     elif folder.exists():
@@ -154,13 +154,16 @@ def finish_folder(folder: Path) -> None:
             old.rename(folder)
             (folder / UNFINISHED).unlink()
         raise
+    (folder / UNFINISHED).unlink()
     synchronise(folder.absolute().parent)
-    shutil.rmtree(old, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        _remove(old)
 
 
 def drop_folder(folder: Path) -> None:
     """Removes the folder that `begin_folder` made; `folder` stays as it was."""
-    shutil.rmtree(unfinished(folder), ignore_errors=True)
+    with contextlib.suppress(OSError):
+        _remove(unfinished(folder))
 
 
 @contextmanager
@@ -184,6 +187,22 @@ def replaced_whole(folder: Path, flag: str, is_ours: Callable[[Path], bool]) -> 
     except BaseException:
         drop_folder(folder)
         raise
+
+
+def _is_leftover(folder: Path) -> bool:
+    """Whether a killed program left a folder, at whatever moment; an empty one is nobody's."""
+    return (folder / UNFINISHED).is_file() or (folder.is_dir() and not any(folder.iterdir()))
+
+
+def _remove(folder: Path) -> None:
+    """Removes a folder, its mark last: what is left of it when the program is killed meanwhile is known again."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != UNFINISHED:
+            path.unlink()
+    (folder / UNFINISHED).unlink(missing_ok=True)
+    folder.rmdir()
 
 
 def _check_name(path: Path, flag: str) -> None:

@@ -1,5 +1,7 @@
 """What is written is there as a whole or not at all, and nothing of the user's is removed."""
 
+import contextlib
+import functools
 import json
 import os
 from pathlib import Path
@@ -8,9 +10,12 @@ import pytest
 
 from megatron_pdmd.files.whole import (
     UNFINISHED,
+    begin_folder,
     check_destination,
     check_file_destination,
     check_writable,
+    drop_folder,
+    finish_folder,
     replaced_whole,
     write_json,
     written_whole,
@@ -80,6 +85,43 @@ def test_what_a_killed_program_left_is_taken_up(tmp_path):
     with pytest.raises(KeyError), replaced_whole(out, "--out", is_ours):
         raise KeyError
     assert (out / "ours").read_text() == "second" and names(tmp_path) == {"out"}
+
+
+def let_die(monkeypatch, count: int, *names: str) -> None:
+    """Lets the program die in one of these calls of os, after `count` of them have worked."""
+    done = []
+
+    def dying(call, *arguments, **options):
+        done.append(call)
+        if len(done) > count:
+            raise KeyboardInterrupt
+        return call(*arguments, **options)
+
+    for name in names:
+        monkeypatch.setattr(os, name, functools.partial(dying, getattr(os, name)))
+
+
+@pytest.mark.parametrize("count", range(6))
+@pytest.mark.parametrize("ends", [drop_folder, finish_folder])
+def test_what_a_program_left_that_was_killed_at_its_end_is_taken_up(ends, count, tmp_path, monkeypatch):
+    """Whichever of its calls it is killed in: it removes two files, the mark and two folders, or renames two."""
+    out = tmp_path / "out"
+    write_ours(out, "first")
+    partial = begin_folder(out, "--out", is_ours)
+    (partial / "model").mkdir()
+    for path in (partial / "ours", partial / "model" / "weights"):
+        path.write_text("second")
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        let_die(patch, count, "unlink", "rmdir", "rename")
+        ends(out)
+    write_ours(out, "third")
+    assert (out / "ours").read_text() == "third" and names(out) == {"ours"} and names(tmp_path) == {"out"}
+
+
+def test_what_a_program_left_that_was_killed_at_its_start_is_taken_up(tmp_path):
+    (tmp_path / ".out.partial").mkdir()
+    write_ours(tmp_path / "out", "first")
+    assert names(tmp_path) == {"out"}
 
 
 def test_an_older_folder_that_the_user_kept_under_the_name_in_between_stays(tmp_path):
