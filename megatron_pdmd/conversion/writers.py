@@ -16,17 +16,18 @@ File = TypeVar("File")
 class Writers:
     """The replicas of a model, its data- and context-parallel ranks, share the files.
 
-    In each replica the tensor-parallel ranks gather a file's tensors among themselves, and the first writes it.
+    In each replica the tensor-parallel ranks and stages gather a file's tensors among themselves, and the first rank of
+    the first stage writes it.
 
     Attributes:
         replicas, replica: how many there are, and this rank's.
-        tensor_rank: this rank's in its replica.
+        writes: whether this rank writes its replica's files.
         group: where the ranks wait for each other; None where there is one process.
     """
 
     replicas: int = 1
     replica: int = 0
-    tensor_rank: int = 0
+    writes: bool = True
     group: dist.ProcessGroup | None = None
 
     @classmethod
@@ -35,18 +36,14 @@ class Writers:
         topology = existing_topology()
         if topology is None:
             return cls()
-        replica, tensor_rank = divmod(topology.rank, topology.tensor)
-        return cls(topology.world_size // topology.tensor, replica, tensor_rank, patient_group())
-
-    @property
-    def writes(self) -> bool:
-        """Whether this rank writes its replica's files."""
-        return self.tensor_rank == 0
+        replica = topology.data_rank * topology.context + topology.context_rank
+        writes = topology.tensor_rank == topology.pipeline_rank == 0
+        return cls(topology.data * topology.context, replica, writes, patient_group())
 
     @property
     def leads(self) -> bool:
         """Whether this rank also does what one rank does for all."""
-        return self.replica == self.tensor_rank == 0
+        return self.writes and self.replica == 0
 
     def rounds(self, files: Sequence[File]) -> Iterator[File | None]:
         """This replica's file of each round, or None; in a round every replica has one at most.

@@ -129,18 +129,19 @@ class Sampler:
             [count, ...] on the CPU on rank 0, None on the others.
         """
         topology, group, own = self.topology, patient_group(), own.cpu().contiguous()
-        ranks = topology.tensor * topology.context  # of a replica; its first one speaks for it
+        # Of each replica one rank speaks: the first of the first pipeline stage, which has the samples as all have.
+        speaks = topology.tensor_rank == topology.context_rank == topology.pipeline_rank == 0
         samples = None
         if topology.rank == 0:
-            samples = own.new_empty(count, *own.shape[1:])
+            samples, speakers = own.new_empty(count, *own.shape[1:]), dist.get_process_group_ranks(topology.groups.dp)
             for replica in range(topology.data):
                 indices, part = self.share(count, replica), own
                 if replica and indices:
                     part = own.new_empty(len(indices), *own.shape[1:])
-                    dist.recv(part, replica * ranks, group=group)
+                    dist.recv(part, speakers[replica], group=group)
                 if indices:
                     samples[indices] = part
-        elif topology.rank % ranks == 0 and len(own):
+        elif speaks and len(own):
             dist.send(own, 0, group=group)
         dist.barrier(group)
         return samples

@@ -158,7 +158,9 @@ def _occupied(run: Path, destination: Path) -> None:
 
 
 def _occupied_beside(run: Path, destination: Path) -> None:
-    destination.with_name(f".{destination.name}.old").mkdir()
+    beside = destination.with_name(f".{destination.name}.old")
+    beside.mkdir()
+    (beside / "thesis.txt").touch()
 
 
 def _no_recipe(run: Path, destination: Path) -> None:

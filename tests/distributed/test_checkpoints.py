@@ -321,12 +321,12 @@ def test_a_value_error_of_a_library_is_no_mistake_of_the_users_on_any_rank(run_r
 def test_a_rank_killed_while_it_saves_takes_the_others_down_and_leaves_the_last_good_checkpoint(
     asynchronous, run_ranks, tmp_path
 ):
-    """Plain processes, which nobody watches."""
+    """Plain processes, which nobody watches; they are the stages of a pipeline, each with tensors of its own."""
 
     def rank() -> None:
-        initialize_topology()
+        stage = initialize_topology(pipeline=2).pipeline_rank
         writer = CheckpointWriter(tmp_path / "checkpoints", asynchronous=asynchronous)
-        state = {"fake": {"a": Shard.of(torch.ones(9))}} if dist.get_rank() == 0 else {}
+        state = {"fake": {f"blocks.{stage}": Shard.of(torch.full((9,), stage + 1.0))}}
         writer.save(Manifest(Progress(1, 1, 1, 1)), state)
         writer.wait()
         write = torch_dist.dcp.FileSystemWriter.write_data
@@ -347,9 +347,9 @@ def test_a_rank_killed_while_it_saves_takes_the_others_down_and_leaves_the_last_
     assert codes == [1, -signal.SIGKILL]
     found = latest_checkpoint(tmp_path / "checkpoints")
     assert found.progress.iteration == 1
-    whole = torch.zeros(9)
-    found.read("fake", {"a": Shard.of(whole)})
-    assert torch.equal(whole, torch.ones(9))
+    tensors = {f"blocks.{stage}": torch.zeros(9) for stage in range(2)}
+    found.read("fake", {name: Shard.of(tensor) for name, tensor in tensors.items()})
+    assert [tensor.unique().item() for tensor in tensors.values()] == [1, 2]
 
 
 def plain_processes(function, count: int, store: Path) -> list[int]:

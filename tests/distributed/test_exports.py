@@ -19,6 +19,7 @@ from megatron_pdmd.models import WanModel, from_hf, to_hf_state_dict
 from megatron_pdmd.models.lora import adapter_parameters, add_adapter, merged_weights
 from megatron_pdmd.models.wan.config import WAN_PRESETS
 from megatron_pdmd.parallel import destroy_topology, initialize_topology, without_cuda
+from megatron_pdmd.parallel.pipeline.stages import Stage, layer_split
 
 SIZES = {"num_attention_heads": 4, "attention_head_dim": 12, "ffn_dim": 64, "num_layers": 2, "text_dim": 16}
 SMALL = replace(WAN_PRESETS["wan2.1-t2v-1.3b"], freq_dim=32, **SIZES)
@@ -27,6 +28,8 @@ LAYOUTS = {
     "cp2": (2, {"context": 2}),
     "tp2 dp2": (4, {"tensor": 2}),
     "tp4": (4, {"tensor": 4}),
+    "pp2 dp2": (4, {"pipeline": 2}),
+    "pp2 tp2": (4, {"pipeline": 2, "tensor": 2}),
 }
 
 
@@ -55,9 +58,10 @@ def teacher(tmp_path_factory) -> Path:
 
 def export_two(teacher: Path, destination: Path, layout: dict[str, int], *, adapted: bool = False) -> list[str]:
     """Exports two experts in files of 20 kB on this rank and the others; returns the files that this rank writes."""
-    initialize_topology(**layout)
+    topology = initialize_topology(**layout)
     source, written, save = read_pipeline(teacher), [], weight_files.save_file
-    models = [from_hf(teacher, dtype=torch.bfloat16) for _ in range(2)]
+    stage = Stage.of(topology.pipeline_rank, layer_split(SMALL.num_layers, topology.pipeline))
+    models = [from_hf(teacher, dtype=torch.bfloat16, stage=stage) for _ in range(2)]
     for seed, model in enumerate(models):
         add_adapter(model, "trained", rank=4, alpha=4, seed=seed)
         for parameter in adapter_parameters(model, "trained"):
@@ -91,7 +95,8 @@ def test_replicas_share_the_files_and_write_what_one_rank_writes(layout, teacher
     shares = run_ranks(lambda: export_two(teacher, tmp_path / "shared", sizes, adapted=adapted), ranks)
     assert files(tmp_path / "shared") == files(tmp_path / "one")
     assert sorted(name for share in shares for name in share) == sorted(whole) and len(whole) > 8
-    writers = shares[:: sizes.get("tensor", 1)]
+    first_stage = ranks // sizes.get("pipeline", 1)
+    writers = shares[: first_stage : sizes.get("tensor", 1)]
     counts = [len(share) for share in writers]
     assert sum(counts) == len(whole) and max(counts) - min(counts) <= 1
     read_pipeline(tmp_path / "shared")
@@ -136,7 +141,7 @@ def test_a_tensor_that_is_not_finite_is_named_on_all_ranks(teacher, run_ranks, t
     def refused() -> str:
         initialize_topology(tensor=2)
         model = from_hf(teacher)
-        model.blocks[1].attn1.to_q.weight.data[2, 3] = float("nan")
+        model.blocks["1"].attn1.to_q.weight.data[2, 3] = float("nan")
         expert = TrainedExpert((1.0,), "single", merged_weights(model, None))
         with pytest.raises(ValueError, match="NaN or infinity") as raised:
             export_pipeline(read_pipeline(teacher), tmp_path / "hf", [expert], shift=3.0, max_shard_size=20000)

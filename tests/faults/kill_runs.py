@@ -38,6 +38,7 @@ LAYOUTS = {
         ("--use-distributed-optimizer", "--overlap-param-gather", "--async-save"),
     ),
     "tensor 2, sequence parallel": (2, ("--tensor-model-parallel-size", "2", "--sequence-parallel")),
+    "pipeline 2": (2, ("--pipeline-model-parallel-size", "2")),
 }
 OPTIONS = {
     "--train-iters": "3,3",
@@ -240,11 +241,15 @@ def _job(name: str, folder: Path) -> Iterator[dict[int, int]]:
 
 def _start(rank: int, count: int, flags: list[str], store: Path, log: Path) -> int:
     """Forks one rank, which writes to its log, and returns its process."""
+    # One that came before the child is in its own block would unwind it through its parent's, and clear the folders.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     child = os.fork()
     if child:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         return child
     code = 1
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(output, 1)
         os.dup2(output, 2)

@@ -23,7 +23,8 @@ from megatron_pdmd.errors import require_space
 from megatron_pdmd.files.whole import synchronise, write_text
 from megatron_pdmd.parallel.agreement import together
 from megatron_pdmd.parallel.patience import new_patient_group
-from megatron_pdmd.parallel.topology import current_topology
+from megatron_pdmd.parallel.pipeline.relay import Relay
+from megatron_pdmd.parallel.topology import current_topology, existing_topology
 from megatron_pdmd.training.checkpoints.manifest import CheckpointError, Manifest, Progress, checkpoint_name
 from megatron_pdmd.training.checkpoints.sharded_state import Shard, with_prefix
 from megatron_pdmd.training.checkpoints.torch_dist import read_index, read_shards, write_shards
@@ -70,12 +71,16 @@ class Checkpoint:
     def read(self, state: str, shards: Mapping[str, Shard]) -> None:
         """Fills this rank's parts of one state. All ranks call it, and all fail if one does.
 
+        What the pipeline's stages hold of the state is all of it together.
+
         Raises:
             CheckpointError: the state is not in this checkpoint, differs in a name or a shape (then nothing was read),
                 or is damaged, or not finite.
         """
+        stages = Relay.of(existing_topology()).words_of_all({name: shard.shape for name, shard in shards.items()})
+        needed = {name: shape for stage in stages for name, shape in stage.items()}
         with together():
-            self._check(state, shards)
+            self._check(state, needed)
             self._read(state, shards)
 
     def check_readable(self, state: str) -> None:
@@ -98,17 +103,17 @@ class Checkpoint:
         if name := first_shard_not_finite(shards):
             raise CheckpointError(f"{self.folder}: {state}: '{name}' is not finite; go on from another checkpoint")
 
-    def _check(self, state: str, shards: Mapping[str, Shard]) -> None:
+    def _check(self, state: str, needed: Mapping[str, tuple[int, ...]]) -> None:
         saved = self.shapes(state)
         mend = "it was saved by another configuration"
-        if not saved and shards:
+        if not saved and needed:
             raise CheckpointError(f"{self.folder}: has no {state}; {mend}")
-        if saved.keys() != shards.keys():
-            name = sorted(saved.keys() ^ shards.keys())[0]
+        if saved.keys() != needed.keys():
+            name = sorted(saved.keys() ^ needed.keys())[0]
             raise CheckpointError(f"{self.folder}: {state}: '{name}' is on one side only; {mend}")
-        for name, shard in shards.items():
-            if saved[name] != shard.shape:
-                shapes = f"{list(saved[name])} saved, {list(shard.shape)} needed"
+        for name, shape in needed.items():
+            if saved[name] != shape:
+                shapes = f"{list(saved[name])} saved, {list(shape)} needed"
                 raise CheckpointError(f"{self.folder}: {state}: '{name}' differs in shape ({shapes}); {mend}")
 
 

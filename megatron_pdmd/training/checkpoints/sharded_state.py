@@ -86,7 +86,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Place:
-    """Where this rank stands among those that hold a parameter.
+    """Where this rank stands among those that hold a parameter, which are all of one pipeline stage.
 
     Attributes:
         tensor, tensor_rank: ranks that split it where it is split, and this one among them.
