@@ -21,6 +21,7 @@ from megatron_pdmd.environment import check_rank_variables
 from megatron_pdmd.errors import NoSpaceError, user_errors
 from megatron_pdmd.models import from_hf
 from megatron_pdmd.parallel.agreement import together
+from megatron_pdmd.parallel.pipeline.stages import Stage, layer_split
 from megatron_pdmd.parallel.topology import Topology, destroy_topology, initialize_topology
 from megatron_pdmd.preflight import Plan, prepare
 from megatron_pdmd.training.checkpoints.checkpointing import latest_checkpoint
@@ -99,6 +100,7 @@ def start_topology(options: ParallelConfig) -> Topology:
     """
     return initialize_topology(
         tensor=options.tensor_model_parallel_size,
+        pipeline=options.pipeline_model_parallel_size,
         context=options.context_parallel_size,
         sequence_parallel=options.sequence_parallel,
         backend=None if options.distributed_backend == "auto" else options.distributed_backend,
@@ -201,10 +203,12 @@ def load_networks(plan: Plan, topology: Topology) -> Networks:
         "context_parallel_method": config.parallel.context_parallel_method,
         "recompute_granularity": None if recompute == "none" else recompute,
     }
-    teacher = {
-        expert: from_hf(source.path, subfolder, dtype=_dtype(config), device=topology.device, **options)
-        for expert, subfolder in source.experts.items()
-    }
+    teacher = {}
+    for expert, subfolder in source.experts.items():
+        layers = source.configs[expert].num_layers
+        split = layer_split(layers, topology.pipeline, config.parallel.pipeline_layer_split)
+        options["stage"] = Stage.of(topology.pipeline_rank, split)
+        teacher[expert] = from_hf(source.path, subfolder, dtype=_dtype(config), device=topology.device, **options)
     return Networks(teacher, config.method, config.training.seed)
 
 

@@ -3,15 +3,17 @@
 import functools
 import math
 from collections.abc import Callable, Mapping
+from collections.abc import Generator as Coroutine
 
 import torch
 
 from megatron_pdmd.config import Config
 from megatron_pdmd.data.prompts import PromptEmbeddings
 from megatron_pdmd.distillation.randomness import Counter, Purpose
-from megatron_pdmd.distillation.step import GENERATOR_UPDATE, Iteration, MicroBatch, Program, quotients, walk
+from megatron_pdmd.distillation.step import Iteration, MicroBatch, Reply, Request, Result, quotients, walk
+from megatron_pdmd.distillation.updates import Update, updates_of
 from megatron_pdmd.models.layers.tensor_parallel import partition_dim
-from megatron_pdmd.parallel.data_parallel import data_parallel, no_sync, release_data_parallel
+from megatron_pdmd.parallel.pipeline.channels import PipelineGroups
 from megatron_pdmd.parallel.topology import Topology
 from megatron_pdmd.training.checkpoints.checkpointing import Checkpoint
 from megatron_pdmd.training.checkpoints.sharded_state import Shard, with_prefix
@@ -19,45 +21,11 @@ from megatron_pdmd.training.logs.instruments import Instruments
 from megatron_pdmd.training.networks import Networks, network_state
 from megatron_pdmd.training.not_finite import NotFiniteError, first_of_network
 from megatron_pdmd.training.optimizers.learning_rate import LearningRateSchedule
-from megatron_pdmd.training.optimizers.optimizer import RoleOptimizer, build_optimizer
+from megatron_pdmd.training.pipelined.iterations import PipelinedIterations
+from megatron_pdmd.training.pipelined.parts import StageNetworks
+from megatron_pdmd.training.trained_network import TrainedNetwork, means_of, not_finite
 
 Metrics = dict[str, float]
-
-
-class TrainedNetwork:
-    """A network that learns in this phase, with its gradient buffer and its optimizer."""
-
-    def __init__(self, module: torch.nn.Module, config: Config, lr: float):
-        options = config.optimizer
-        self.module = module
-        bf16, parallel = config.training.bf16, config.parallel
-        self._parallel = data_parallel(
-            module,
-            bf16=bf16,
-            overlap_grad_reduce=parallel.overlap_grad_reduce,
-            use_distributed_optimizer=parallel.use_distributed_optimizer,
-            overlap_param_gather=parallel.overlap_param_gather,
-        )
-        self.optimizer: RoleOptimizer = build_optimizer(
-            [self._parallel],
-            lr=lr,
-            betas=(options.adam_beta1, options.adam_beta2),
-            eps=options.adam_eps,
-            weight_decay=options.weight_decay,
-            clip_grad=options.clip_grad,
-            bf16=bf16,
-        )
-
-    def accumulate(self, programs: list[Callable[[], dict[str, torch.Tensor]]]) -> list[dict[str, torch.Tensor]]:
-        """Runs the micro-batches of one update; gradients add up without communication until the last."""
-        self.optimizer.zero_grad()
-        with no_sync([self._parallel]):
-            results = [run() for run in programs[:-1]]
-        return [*results, programs[-1]()]
-
-    def release(self) -> None:
-        """Gives the buffers back, so that the network can be wrapped again."""
-        release_data_parallel(self._parallel)
 
 
 class PhaseTrainer:
@@ -67,6 +35,7 @@ class PhaseTrainer:
         index: the phase's, 1-based.
         learning_rates: `learning_rate` of the generator and `fake_learning_rate`, in the last iteration run.
         skipped_in_a_row: updates of each network that were skipped since its last one that was not.
+        pipeline: what runs the iterations where stages share the layers.
     """
 
     def __init__(
@@ -77,6 +46,7 @@ class PhaseTrainer:
         prompts: PromptEmbeddings,
         topology: Topology,
         instruments: Instruments | None = None,
+        stages: PipelineGroups | None = None,
     ):
         self._config = config
         self._iteration = iteration
@@ -85,6 +55,9 @@ class PhaseTrainer:
         self._topology = topology
         self._instruments = instruments or Instruments(config.logging, topology)
         self.index = iteration.phase.index
+        share = config.training.global_batch_size // topology.data
+        self._samples = min(config.training.micro_batch_size, share)  # of a micro-batch
+        self._count = share // self._samples  # micro-batches of an update on this rank
         networks.start_training(self.index)
         self._roles = networks.roles(self.index)
         self._generator = TrainedNetwork(networks.trained_network(self.index), config, config.optimizer.lr)
@@ -97,6 +70,7 @@ class PhaseTrainer:
         self._fake_rates = LearningRateSchedule.of("fake_score", options, iterations)
         self.learning_rates: dict[str, float] = {}
         self.skipped_in_a_row: dict[str, int] = {}
+        self.pipeline = self._pipelined(stages) if stages else None
 
     def run_iteration(
         self, index: int, logged: list[Metrics] | None = None, pause: Callable[[], bool] = lambda: False
@@ -116,20 +90,20 @@ class PhaseTrainer:
         Raises:
             NotFiniteError: `--max-skipped-updates` of a network were skipped in a row.
         """
-        method, counter = self._config.method, Counter(self._config.training.seed, self.index, index, GENERATOR_UPDATE)
-        updates = method.fake_updates + (method.fake_warmup if index == 0 else 0)
-        logged = [] if logged is None else logged
-        self._start_iteration(index, len(logged), updates + 1)
-        for update in range(len(logged), updates):
-            own = counter.at(update=update)
-            network = self._fake_score[self._iteration.expert(own)]
-            with self._instruments.update("fake"):
-                logged.append(self._update("fake", network, self._iteration.fake_update, own))
-            if pause():
-                return None
-        fake = {name: math.fsum(entry[name] for entry in logged) / updates for name in logged[0]}
-        with self._instruments.update("generator"):
-            generator = self._update("generator", self._generator, self._iteration.generator_update, counter)
+        config, logged = self._config, [] if logged is None else logged
+        *fakes, last = updates_of(config.method, config.training.seed, self.index, index)
+        self._start_iteration(index, len(logged), len(fakes) + 1)
+        if self.pipeline:
+            *told, generator = self._run_pipelined([*fakes[len(logged) :], last])
+            logged += told
+        else:
+            starts: dict[int, list[torch.Tensor]] = {}
+            for update in fakes[len(logged) :]:
+                logged.append(self._update(self._fake_score[self._iteration.expert(update.counter)], update, starts))
+                if pause():
+                    return None
+            generator = self._update(self._generator, last, starts)
+        fake = {name: math.fsum(entry[name] for entry in logged) / len(fakes) for name in logged[0]}
         if not generator["skipped_updates"]:
             self._generator.optimizer.finish_param_gather()
             self._networks.update_average(self.index)
@@ -146,13 +120,16 @@ class PhaseTrainer:
         self._instruments.bar.begin(f"phase {self.index}, iteration {index + 1}", done, updates)
 
     def trained_parameters(self) -> dict[str, int]:
-        """How many numbers of each network learn, over all ranks that share it."""
-        counts = {}
+        """How many numbers of each network learn, over all ranks that share it. Called on all of them."""
+        topology, counts = self._topology, {}
         for name, network in self._trained().items():
             learning = [p for p in network.module.parameters() if p.requires_grad]
             split = sum(p.numel() for p in learning if partition_dim(p) is not None)
-            counts[name] = split * self._topology.tensor + sum(p.numel() for p in learning if partition_dim(p) is None)
-        return counts
+            own = split * topology.tensor + sum(p.numel() for p in learning if partition_dim(p) is None)
+            counts[name] = torch.tensor(own, device=topology.device)
+            if topology.pipeline > 1:
+                torch.distributed.all_reduce(counts[name], group=topology.groups.pp)
+        return {name: int(count) for name, count in counts.items()}
 
     def state(self) -> dict[str, dict[str, Shard]]:
         """Weights of what learns in this phase and states of the optimizers, for a checkpoint to write.
@@ -211,26 +188,62 @@ class PhaseTrainer:
             return state, self._networks.expert_state(self.index) | with_prefix("expert", precise)
         return name, network_state(network.module) | precise
 
-    def _update(
-        self, role: str, network: TrainedNetwork, program: Callable[[Counter, MicroBatch], Program], counter: Counter
-    ) -> Metrics:
-        """One optimizer update over the global batch, or none, on all ranks, if a loss or the norm is not finite."""
-        batches, instruments = self._micro_batches(counter), self._instruments
-        runs = [functools.partial(self._run, program, counter, batch, 1 / len(batches)) for batch in batches]
-        results = network.accumulate(runs)
-        with instruments.part("sync"):
-            norm = network.optimizer.gradient_norm()
-        values = torch.stack([torch.stack([result[name] for result in results]).mean() for name in results[0]])
-        if self._topology.data > 1:
-            torch.distributed.all_reduce(values, group=self._topology.groups.dp)
-            values /= self._topology.data
-        metrics = dict(zip(results[0], values.tolist(), strict=True)) | {f"{role}_grad_norm": norm.item()}
-        finite = all(math.isfinite(value) for value in metrics.values())
-        if finite:
-            with instruments.part("optimizer"):
-                network.optimizer.step(norm)
-        self._count_skipped(network, [name for name, value in metrics.items() if not math.isfinite(value)])
-        return quotients(metrics) | {"skipped_updates": int(not finite)}
+    def _update(self, network: TrainedNetwork, update: Update, starts: dict[int, list[torch.Tensor]]) -> Metrics:
+        """One optimizer update over the global batch, or none, on all ranks, if a loss or the norm is not finite.
+
+        Args:
+            network: who learns.
+            update: which one.
+            starts: the latents at the phase's start of the present group's micro-batches, by its index; another
+                group's are replaced.
+        """
+        batches, instruments = self._micro_batches(update.shared), self._instruments
+        with instruments.update(update.kind):
+            programs = [
+                update.program(self._iteration, batch, start)
+                for batch, start in zip(batches, self._starts(update, batches, starts), strict=True)
+            ]
+            runs = [functools.partial(self._run, program, 1 / len(batches)) for program in programs]
+            results = network.accumulate(runs)
+            with instruments.part("sync"):
+                norm = network.optimizer.gradient_norm()
+            values = means_of(results, self._topology).tolist()
+            metrics = dict(zip(results[0], values, strict=True)) | {f"{update.kind}_grad_norm": norm.item()}
+            if not not_finite(metrics):
+                with instruments.part("optimizer"):
+                    network.optimizer.step(norm)
+        return self._entry(network, metrics)
+
+    def _run_pipelined(self, updates: list[Update]) -> list[Metrics]:
+        """The same for the updates of an iteration, whose passes the stages share."""
+        trained = self._trained()
+        return [self._entry(trained[name], metrics) for name, metrics in self.pipeline.run(updates)]
+
+    def _pipelined(self, stages: PipelineGroups) -> PipelinedIterations:
+        trained = self._trained()
+        names = {network: name for name, network in trained.items()}
+        fake_score = {expert: names[network] for expert, network in self._fake_score.items()}
+        return PipelinedIterations(
+            self._config.parallel,
+            self._iteration,
+            StageNetworks(self._roles, trained, fake_score, self.index),
+            self._micro_batch,
+            self._count,
+            stages,
+            self._topology,
+            self._instruments,
+            (self._samples, len(self._prompts.negative)),
+        )
+
+    def _entry(self, network: TrainedNetwork, metrics: Metrics) -> Metrics:
+        """What to log of an update.
+
+        Raises:
+            NotFiniteError: too many of this network's were skipped in a row.
+        """
+        wrong = not_finite(metrics)
+        self._count_skipped(network, wrong)
+        return quotients(metrics) | {"skipped_updates": int(bool(wrong))}
 
     def _count_skipped(self, network: TrainedNetwork, wrong: list[str]) -> None:
         """Counts an update that was skipped for numbers of these names, or one that was not.
@@ -248,26 +261,32 @@ class PhaseTrainer:
                 f"{f' (first of its tensors: {found})' if found else ''}"
             )
 
-    def _run(
-        self, program: Callable[[Counter, MicroBatch], Program], counter: Counter, batch: MicroBatch, share: float
-    ) -> dict[str, torch.Tensor]:
-        around = functools.partial(self._instruments.request, self._roles)
-        return walk(program(counter, batch), self._roles, share, around)
+    def _starts(
+        self, update: Update, batches: list[MicroBatch], starts: dict[int, list[torch.Tensor]]
+    ) -> list[torch.Tensor] | list[None]:
+        """What each micro-batch of an update begins with: the group's latents, made where they are not at hand."""
+        if update.start is None:
+            return [None] * len(batches)
+        if update.start not in starts:
+            starts.clear()
+            starts[update.start] = [self._run(self._iteration.phase_start(update.shared, one)) for one in batches]
+        return starts[update.start]
+
+    def _run(self, program: Coroutine[Request, Reply, Result], share: float = 1.0) -> Result:
+        return walk(program, self._roles, share, functools.partial(self._instruments.request, self._roles))
 
     def _micro_batches(self, counter: Counter) -> list[MicroBatch]:
         """This rank's share of the global batch: consecutive samples, cut into micro-batches."""
-        training, topology = self._config.training, self._topology
-        share = training.global_batch_size // topology.data
-        size = min(training.micro_batch_size, share)
-        first = topology.data_rank * share
-        batches = []
-        for start in range(first, first + share, size):
-            samples = range(start, start + size)
-            chosen = counter.integers(Purpose.PROMPT, len(self._prompts), samples)
-            text = self._prompts.batch(chosen).to(topology.device)
-            negative = self._prompts.negative.to(text).expand_as(text)
-            batches.append(MicroBatch(samples, text, negative))
-        return batches
+        return [self._micro_batch(counter, index) for index in range(self._count)]
+
+    def _micro_batch(self, counter: Counter, index: int) -> MicroBatch:
+        """One of them."""
+        start = self._topology.data_rank * self._count * self._samples + index * self._samples
+        samples = range(start, start + self._samples)
+        chosen = counter.integers(Purpose.PROMPT, len(self._prompts), samples)
+        text = self._prompts.batch(chosen).to(self._topology.device)
+        negative = self._prompts.negative.to(text).expand_as(text)
+        return MicroBatch(samples, text, negative)
 
 
 def check_batch(config: Config, data_parallel_size: int) -> None:
@@ -294,6 +313,7 @@ def fitting_ranks(config: Config, available: int, nodes: int = 1) -> int:
     """
     parallel, training = config.parallel, config.training
     replica = parallel.tensor_model_parallel_size * parallel.context_parallel_size
+    replica *= parallel.pipeline_model_parallel_size
     for ranks in range(available, 0, -1):
         replicas, rest = divmod(ranks * nodes, replica)
         if not rest and _divides(training.global_batch_size, training.micro_batch_size, replicas):

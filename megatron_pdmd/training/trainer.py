@@ -12,6 +12,7 @@ from megatron_pdmd.diffusion.noise_schedule import NoiseSchedule
 from megatron_pdmd.diffusion.phases import Phase, PhasePlan
 from megatron_pdmd.distillation.randomness import Counter
 from megatron_pdmd.distillation.step import Iteration, is_binned
+from megatron_pdmd.parallel.pipeline.channels import PipelineGroups
 from megatron_pdmd.parallel.topology import Topology
 from megatron_pdmd.training.checkpoints.checkpointing import Checkpoint, CheckpointWriter, check_models
 from megatron_pdmd.training.checkpoints.manifest import Manifest, Progress
@@ -60,6 +61,8 @@ class Trainer:
         self._validation = Validation(config)
         self._means = IntervalMeans()
         self._instruments = Instruments(config.logging, topology)
+        timeout = config.parallel.distributed_timeout_minutes
+        self._stages = PipelineGroups.of(topology, timeout) if topology.pipeline > 1 else None
         self._done_here = 0
         self._open_updates: list[Metrics] = []
         self._clock = time.monotonic()
@@ -290,7 +293,13 @@ class Trainer:
         if phase.index == saved_phase or (start and start.finetune and name in start.checkpoint.states):
             self._load_expert(phase, start.checkpoint)
         trainer = PhaseTrainer(
-            self._config, iteration, self._networks, self._prompts, self._topology, self._instruments
+            self._config,
+            iteration,
+            self._networks,
+            self._prompts,
+            self._topology,
+            self._instruments,
+            self._stages,
         )
         if phase.index == saved_phase:
             trainer.load_state(start.checkpoint, optimizers=start.optimizers and not start.finetune)
@@ -311,7 +320,7 @@ class Trainer:
             optimizer_steps=trainer.optimizer_steps(),
             seed=self._config.training.seed,
             models=self._models(),
-            layout={"tensor": topology.tensor, "context": topology.context, "data": topology.data},
+            layout={axis: getattr(topology, axis) for axis in ("tensor", "context", "data", "pipeline")},
             open_updates=list(self._open_updates),
             log_interval_sums=self._means.sums,
             skipped_in_a_row=dict(trainer.skipped_in_a_row),

@@ -30,6 +30,7 @@ def test_ranks_come_in_whole_replicas():
     assert fitting_ranks(config(6, 1, tensor_model_parallel_size=2), 8) == 6
     assert fitting_ranks(config(6, 1, tensor_model_parallel_size=2, context_parallel_size=2), 8) == 8
     assert fitting_ranks(config(6, 1, tensor_model_parallel_size=2), 4, nodes=3) == 4
+    assert fitting_ranks(config(6, 1, pipeline_model_parallel_size=2, context_parallel_size=2), 11) == 8
     assert fitting_ranks(config(6, 1, tensor_model_parallel_size=16), 8) == 8, "the ranks' own error says why not"
 
 

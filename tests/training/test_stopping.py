@@ -23,6 +23,7 @@ VARIANTS = {
     "lora, average": ("--ema-decay", "0.9"),
     "full, bf16": ("--generator", "full", "--bf16"),
     "distributed optimizer": ("--use-distributed-optimizer", "--overlap-param-gather", "--async-save"),
+    "shared starts": ("--phase-start-reuse", "3"),
 }
 PLAIN = VARIANTS["lora, average"]
 UPDATES = 6 * 3  # six iterations of two fake updates and one of the generator

@@ -17,6 +17,8 @@ def tell(topology: Topology, line: str) -> None:
 def layout_line(topology: Topology) -> str:
     """How many ranks there are, and how the work is split over them."""
     split = f"tensor {topology.tensor} x context {topology.context} x data {topology.data}"
+    if topology.pipeline > 1:
+        split += f" x pipeline {topology.pipeline}"
     sequence = ", sequence parallel" if topology.sequence_parallel else ""
     ranks = "1 rank" if topology.world_size == 1 else f"{topology.world_size} ranks"
     return f"{ranks} on {topology.device.type} over {topology.backend}: {split}{sequence}"

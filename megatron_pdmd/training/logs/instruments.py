@@ -66,9 +66,19 @@ class Instruments:
         """Around a pass or a backward pass."""
         name = f"{request.role}_pass" if isinstance(request, Pass) else f"{self._role}_backward"
         self.bar.say(f"{self._role} update: {name.replace('_', ' ')}")
-        if self._passes and isinstance(request, Pass):
-            self._passes.add(request, roles)
+        if isinstance(request, Pass):
+            self.count(request, roles)
         return self._timers(name, 2)
+
+    def count(self, request: Pass, roles: Roles) -> None:
+        """Counts a pass for the throughput."""
+        if self._passes:
+            self._passes.add(request, roles)
+
+    def task(self, name: str, level: int) -> AbstractContextManager[None]:
+        """Around a pipeline stage's task."""
+        self.bar.say(name.replace("_", " "))
+        return self._timers(name, level)
 
     @contextmanager
     def between(self, name: str, iteration: int) -> Iterator[None]:
@@ -105,8 +115,8 @@ class Instruments:
     def _throughput(self) -> dict[str, float]:
         if self._passes is None:
             return {}
-        # The passes of a replica are shared by its tensor- and context-parallel ranks.
-        gpu_seconds = max(self._seconds, 1e-9) * self._topology.tensor * self._topology.context
+        # The passes of a replica are shared by all of its ranks.
+        gpu_seconds = max(self._seconds, 1e-9) * self._topology.world_size / self._topology.data
         passes, self._passes = self._passes, PassCounter()
         return {
             "tokens_per_second_per_gpu": passes.tokens / gpu_seconds,

@@ -8,7 +8,7 @@ from megatron_pdmd.planning.flops import PassSize, backward_flops, forward_flops
 
 
 class PassCounter:
-    """Adds up the passes of one replica, its tensor- and context-parallel ranks together.
+    """Adds up the passes of one replica, all of its ranks together.
 
     Attributes:
         flops: the model's own, of forward and backward passes; see `planning.flops`.

@@ -50,12 +50,23 @@ class RoleOptimizer:
             ddp.zero_grad_buffer()
         self._optimizer.zero_grad()
 
-    @torch.no_grad()
     def gradient_norm(self) -> torch.Tensor:
         """Reduce the accumulated gradients over the ranks and return their global L2 norm, an fp32 scalar.
 
         To be called once per update, after the last backward. Nothing is stepped. The value is the same on every rank,
         and inf or nan if any gradient is.
+        """
+        squared, sums = self.start_gradient_norm()
+        for work in sums:
+            work.wait()
+        return squared.sqrt()
+
+    @torch.no_grad()
+    def start_gradient_norm(self) -> tuple[torch.Tensor, list[dist.Work]]:
+        """Reduce the accumulated gradients over the replicas, and start to sum the squares over all that share them.
+
+        Returns:
+            The squared global L2 norm, an fp32 scalar, and what to wait for before it is read.
         """
         finish_gradient_sync(self._modules)
         self._optimizer.prepare_grads()
@@ -65,9 +76,7 @@ class RoleOptimizer:
         else:
             squared = torch.zeros((), device=self._device)
         group = self._optimizer.get_grad_stats_parallel_group()
-        if group.size() > 1:
-            dist.all_reduce(squared, group=group)
-        return squared.sqrt()
+        return squared, [dist.all_reduce(squared, group=group, async_op=True)] if group.size() > 1 else []
 
     @torch.no_grad()
     def step(self, gradient_norm: torch.Tensor) -> None:

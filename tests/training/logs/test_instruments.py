@@ -15,6 +15,7 @@ from megatron_pdmd.diffusion.phases import PhasePlan
 from megatron_pdmd.distillation.step import Iteration
 from megatron_pdmd.parallel import initialize_topology
 from megatron_pdmd.training.logs import instruments as module
+from megatron_pdmd.training.logs.announcements import layout_line
 from megatron_pdmd.training.logs.instruments import Instruments, peak_memory
 from megatron_pdmd.training.networks import Networks
 from megatron_pdmd.training.phase import PhaseTrainer
@@ -24,6 +25,7 @@ METHODS = {
     "lora, sgts": MethodConfig(fake_updates=2, lora_rank=4),
     "lora, none": MethodConfig(fake_updates=2, lora_rank=4, gradient_truncation="none"),
     "full, none, x0": MethodConfig(fake_updates=1, generator="full", gradient_truncation="none", objective="x0"),
+    "shared starts": MethodConfig(fake_updates=2, lora_rank=4, phase_start_reuse=2),
     "one fake network": MethodConfig(fake_updates=2, lora_rank=2, fake_experts="single", guidance_scale=(1.0, 2.0)),
 }
 
@@ -109,24 +111,25 @@ def test_a_run_says_what_it_reaches(launch, tmp_path, capsys):
 
 def test_of_several_ranks_the_slowest_is_named_and_a_replica_shares_its_flops(run_ranks):
     def on_a_rank():
-        topology = initialize_topology(context=2)
+        topology = initialize_topology(context=2, pipeline=2)
         instruments = Instruments(LoggingConfig(log_throughput=True, timing_log_level=1), topology)
         instruments._passes.flops, instruments._passes.tokens = 4 * 10**12, 800
         with instruments.iteration(), instruments.update("fake"):
             time.sleep((0.02, 0.02, 0.2, 0.02)[topology.rank])
         instruments._seconds = instruments._seconds if topology.rank == 2 else 0.02
         seconds = instruments._seconds
-        return seconds, instruments.take()
+        return seconds, instruments.take(), layout_line(topology)
 
     taken = run_ranks(on_a_rank, 4)
     slow = taken[2][0] * 1000
-    for seconds, entry in taken:
+    for seconds, entry, line in taken:
         assert entry["milliseconds"] == seconds * 1000
         assert (entry["iteration_slowest_rank"], entry["fake_update_slowest_rank"]) == (2, 2)
         assert entry["iteration_milliseconds"] == slow >= entry["fake_update_milliseconds"] >= 200
-        assert entry["tflops_per_gpu"] == pytest.approx(2 / seconds)
-        assert entry["tokens_per_second_per_gpu"] == pytest.approx(400 / seconds)
-    assert len({entry["peak_memory_gb"] for _, entry in taken}) == 1
+        assert entry["tflops_per_gpu"] == pytest.approx(1 / seconds)
+        assert entry["tokens_per_second_per_gpu"] == pytest.approx(200 / seconds)
+        assert line == "4 ranks on cpu over gloo: tensor 1 x context 2 x data 1 x pipeline 2"
+    assert len({entry["peak_memory_gb"] for _, entry, _ in taken}) == 1
 
 
 def test_peak_memory_is_torchs_on_a_gpu_and_the_processs_on_the_cpu(monkeypatch):
