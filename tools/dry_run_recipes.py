@@ -84,7 +84,7 @@ def arguments_for(recipe: Path, config: Config, place: Path, options: RecipeOpti
     if config.model.teacher is None:
         raise ValueError(f"{recipe}: names no teacher; add 'model: {{teacher: FOLDER}}'")
     layout = config.parallel
-    share = layout.tensor_model_parallel_size * layout.context_parallel_size
+    share = layout.tensor_model_parallel_size * layout.context_parallel_size * layout.pipeline_model_parallel_size
     data = min(options.ranks // share, config.training.global_batch_size // config.training.micro_batch_size)
     flags = ["--config", str(recipe), "--dry-run", str(data * share), "--json", str(place / "report.json")]
     if config.model.teacher.is_dir():
@@ -102,10 +102,10 @@ def arguments_for(recipe: Path, config: Config, place: Path, options: RecipeOpti
 def table_of(reports: dict[str, dict]) -> Table:
     """Peak bytes of each recipe and the moment that needs most."""
     table = Table(title="GB of tensors on a GPU, rank 0")
-    for name in ("recipe", "ranks", "TP x CP x DP", "peak", "in", "seconds"):
+    for name in ("recipe", "ranks", "TP x CP x DP x PP", "peak", "in", "seconds"):
         table.add_column(name, justify="left" if name in ("recipe", "in") else "right")
     for recipe, report in reports.items():
-        layout = " x ".join(str(report["layout"][axis]) for axis in ("tensor", "context", "data"))
+        layout = " x ".join(str(report["layout"][axis]) for axis in ("tensor", "context", "data", "pipeline"))
         largest = max(report["moments"], key=lambda moment: moment["peak_bytes"])
         peak = f"{report['peak_bytes'] / 1e9:.1f}"
         table.add_row(recipe, str(report["ranks"]), layout, peak, largest["name"], f"{report['seconds']:.0f}")

@@ -50,8 +50,8 @@ def main(arguments: Sequence[str]) -> int:
             config, launch = parse_arguments(arguments)
             _require_kernels(config)
             layout = config.parallel
-            tensor, context = layout.tensor_model_parallel_size, layout.context_parallel_size
-            check_world(launch.dry_run, tensor, 1, context, layout.sequence_parallel)
+            sizes = (layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size)
+            check_world(launch.dry_run, *sizes, layout.context_parallel_size, layout.sequence_parallel)
             plan = check(_in_folder(config, Path(name)), writes=False)
             check_batch(plan.config, _data_ranks(plan.config, launch.dry_run))
             plan = replace(plan, config=_shortened(plan, launch.dry_run))
@@ -85,13 +85,14 @@ def rehearse(plan: Plan, launch: LaunchConfig, ranks: FakeRanks, checks: DeviceC
         for part, code in ((first, pretrain.STOPPED_ON_REQUEST), (plan, 0)):
             topology = ranks.initialize(
                 tensor=layout.tensor_model_parallel_size,
+                pipeline=layout.pipeline_model_parallel_size,
                 context=layout.context_parallel_size,
                 sequence_parallel=layout.sequence_parallel,
             )
             with FakeTensorMode(allow_non_fake_inputs=True), checks:
                 ended = pretrain.run(part)
             assert ended == code, f"the run ended with exit code {ended}"
-    sizes = {"tensor": topology.tensor, "context": topology.context, "data": topology.data}
+    sizes = {axis: getattr(topology, axis) for axis in ("tensor", "context", "data", "pipeline")}
     return Report.of(launch, sizes, checks.memory, stand_ins.written_bytes)
 
 
@@ -125,21 +126,27 @@ def _in_folder(config: Config, folder: Path) -> Config:
 
 def _data_ranks(config: Config, ranks: int) -> int:
     layout = config.parallel
-    return ranks // (layout.tensor_model_parallel_size * layout.context_parallel_size)
+    share = layout.tensor_model_parallel_size * layout.context_parallel_size * layout.pipeline_model_parallel_size
+    return ranks // share
 
 
 def _shortened(plan: Plan, ranks: int) -> Config:
     """The run with nothing left out but repetitions: one iteration of each phase, of one micro-batch, with as many fake
-    updates as meet every expert, and few samples of few steps."""
+    updates as meet every expert, and few samples of few steps.
+
+    Stages of a pipeline hold a micro-batch each, and only stop between two iterations.
+    """
     config, data = plan.config, _data_ranks(plan.config, ranks)
     training, logging, evaluation = config.training, config.logging, config.evaluation
-    micro_batch = min(training.micro_batch_size, training.global_batch_size // data)
+    share, stages = training.global_batch_size // data, config.parallel.pipeline_model_parallel_size
+    micro_batch = min(training.micro_batch_size, share)
+    batch = micro_batch * min(stages, share // micro_batch)
     config = _replaced(
         config,
         "training",
-        train_iters=(1,),
+        train_iters=(1 if stages == 1 else 2,),
         micro_batch_size=micro_batch,
-        global_batch_size=micro_batch * data,
+        global_batch_size=batch * data,
         exit_duration_in_mins=0.0,
         exit_interval=0,
         exit_signal_handler=False,
@@ -170,9 +177,9 @@ def _shortened(plan: Plan, ranks: int) -> Config:
 
 
 def _interrupted(config: Config) -> Config:
-    """The same run, of two micro-batches where it has one, stopped after its first update."""
-    training = config.training
-    return _replaced(config, "training", global_batch_size=2 * training.global_batch_size, exit_duration_in_mins=1e-9)
+    """The same run, of two micro-batches where it has one, stopped as soon as it can be."""
+    size = config.training.global_batch_size * (2 if config.parallel.pipeline_model_parallel_size == 1 else 1)
+    return _replaced(config, "training", global_batch_size=size, exit_duration_in_mins=1e-9)
 
 
 def _updates_of_all_experts(plan: Plan) -> int:

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,9 +26,12 @@ from megatron_pdmd.data.prompts import PromptEmbeddings
 from megatron_pdmd.data.text_encoder import MAX_TOKENS
 from megatron_pdmd.data.umt5 import read_umt5_config
 from megatron_pdmd.distillation.roles import Roles
+from megatron_pdmd.distillation.updates import Update
 from megatron_pdmd.dry_run.repeated_passes import RepeatedPasses
 from megatron_pdmd.models import loading
 from megatron_pdmd.models.wan.model import WanModel
+from megatron_pdmd.parallel.pipeline.execute import Executor
+from megatron_pdmd.parallel.topology import current_topology
 from megatron_pdmd.planning.device_checks import DeviceChecks
 from megatron_pdmd.planning.skeleton import write_sparse
 from megatron_pdmd.training import trainer
@@ -37,8 +40,11 @@ from megatron_pdmd.training.checkpoints.checkpointing import CheckpointWriter, M
 from megatron_pdmd.training.checkpoints.sharded_state import Shard
 from megatron_pdmd.training.evaluated_samples import EvaluatedSamples
 from megatron_pdmd.training.networks import Networks
-from megatron_pdmd.training.phase import PhaseTrainer, TrainedNetwork
+from megatron_pdmd.training.phase import PhaseTrainer
+from megatron_pdmd.training.pipelined.stage_work import StageWork
+from megatron_pdmd.training.pipelined.task_costs import TaskCosts
 from megatron_pdmd.training.sheets import SampleSheets
+from megatron_pdmd.training.trained_network import TrainedNetwork
 from megatron_pdmd.training.validation import Validation
 
 # Parts of a run, by the functions that are them.
@@ -70,6 +76,7 @@ class StandIns:
         self.written_bytes = 0
         self._checks = checks
         self._indices: dict[str, Metadata] = {}
+        self._passes = RepeatedPasses(checks.memory)
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -91,14 +98,22 @@ class StandIns:
             (CheckpointWriter, "save", self._indexed(CheckpointWriter.save)),
             (export, "require_space", _nothing),
             (export, "_require_shared", _nothing),
+            (export, "_check_weights", _without_stages(export._check_weights)),
             (export, "read_pipeline", _nothing),  # other ranks' files are not there
             (weight_files, "save_file", _save_sparse),
             (weight_files, "check_exportable", _nothing),
             (SampleSheets, "_write", _nothing),
             (EvaluatedSamples, "write", _nothing),
-            (Roles, "run", RepeatedPasses(self._checks.memory).known(Roles.run)),
+            (Roles, "run", self._passes.known(Roles.run)),
+            (WanModel, "run_stage", self._passes.known_stage(WanModel.run_stage)),
             (TrainedNetwork, "accumulate", self._inside(self._checks.passes, TrainedNetwork.accumulate)),
+            (TaskCosts, "measure", lambda *unused: nullcontext()),  # no GPU, no events
+            (TaskCosts, "end_iteration", _nothing),
+            (StageWork, "forward", self._inside(self._checks.passes, StageWork.forward)),
+            (Executor, "_backward", self._inside(self._checks.passes, Executor._backward)),
+            (PhaseTrainer, "_starts", self._inside(self._checks.passes, PhaseTrainer._starts)),
             (PhaseTrainer, "_update", self._update_moment(PhaseTrainer._update)),
+            (PhaseTrainer, "_run_pipelined", self._iteration_moment(PhaseTrainer._run_pipelined)),
         ]
         with ExitStack() as stack:
             for owner, name, stand_in in replacements:
@@ -118,9 +133,16 @@ class StandIns:
         return run
 
     def _update_moment(self, update: Callable[..., Any]) -> Callable[..., Any]:
-        def run(trainer: PhaseTrainer, role: str, *args: Any, **options: Any) -> Any:
-            with self._checks.memory.moment(f"phase {trainer.index}: {role} update"):
-                return update(trainer, role, *args, **options)
+        def run(trainer: PhaseTrainer, network: TrainedNetwork, one: Update, *args: Any) -> Any:
+            with self._checks.memory.moment(f"phase {trainer.index}: {one.kind} update"):
+                return update(trainer, network, one, *args)
+
+        return run
+
+    def _iteration_moment(self, run_pipelined: Callable[..., Any]) -> Callable[..., Any]:
+        def run(trainer: PhaseTrainer, *args: Any) -> Any:
+            with self._checks.memory.moment(f"phase {trainer.index}: iteration"):
+                return run_pipelined(trainer, *args)
 
         return run
 
@@ -167,6 +189,17 @@ def _really(function: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, **options: Any) -> Any:
         with unset_fake_temporarily():
             return function(*args, **options)
+
+    return run
+
+
+def _without_stages(check: Callable[..., None]) -> Callable[..., None]:
+    """A check of a whole model, left out where other stages, which are not there, hold a part of it."""
+
+    @functools.wraps(check)
+    def run(*args: Any) -> None:
+        if current_topology().pipeline == 1:
+            check(*args)
 
     return run
 

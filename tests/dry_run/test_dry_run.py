@@ -16,6 +16,7 @@ from megatron_pdmd.models.wan.model import WanModel
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 TP2 = ["--tensor-model-parallel-size", "2"]
+PP2 = ["--pipeline-model-parallel-size", "2"]
 CP2 = ["--context-parallel-size", "2"]
 OVERLAPS = ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]
 
@@ -29,12 +30,28 @@ CASES = {
     "full generator in bf16": ["--dry-run", "2", *TP2, "--generator", "full", "--ema-decay", "0", "--bf16"],
     "full recompute": ["--dry-run", "2", "--recompute-granularity", "full", "--bf16"],
     "selective recompute": ["--dry-run", "2", "--recompute-granularity", "selective", "--bf16", "--async-save"],
-    "one fake expert": ["--dry-run", "1", "--fake-experts", "single", "--bf16"],
+    "one fake expert, shared starts": [
+        *["--dry-run", "1", "--fake-experts", "single", "--bf16", "--phase-start-reuse", "6"],
+    ],
     "through the graph": [
         *["--dry-run", "2", "--phase-steps", "4", "--train-iters", "1", "--gradient-truncation", "none"],
         "--no-export",
     ],
     "evaluations": ["--dry-run", "4", *TP2, "--eval-interval", "50", "--global-batch-size", "4", "--bf16"],
+    "stages": [
+        *["--dry-run", "2", "--dry-run-rank", "1", *PP2, "--teacher", "PLACE/two_blocks", "--bf16"],
+        *[
+            "--phase-steps",
+            "4",
+            "--train-iters",
+            "1",
+            "--fake-experts",
+            "single",
+            "--no-export",
+            "--sample-prompts",
+            "0",
+        ],
+    ],
     "no sheets": ["--dry-run", "2", "--sample-prompts", "0", "--bf16"],
     "plain kernels, everything timed and warmed up": [
         *["--dry-run", "1", "--kernel-backend", "reference", "--timing-log-level", "2", "--log-throughput"],
@@ -60,7 +77,7 @@ BROKEN = {
     ),
     "positions on the CPU": (
         "megatron_pdmd/models/wan/model.py",
-        "rope = self.rope(grid, device=x.device,",
+        "rope = self.rope(grid, device=hidden.tokens.device,",
         'rope = self.rope(grid, device="cpu",',
     ),
     "the host reads a gap": (
@@ -69,9 +86,9 @@ BROKEN = {
         '"score_gap": gap.new_tensor(gap.mean().item())}',
     ),
     "losses are averaged on the CPU": (
-        "megatron_pdmd/training/phase.py",
-        "torch.distributed.all_reduce(values, group=",
-        "torch.distributed.all_reduce(values.cpu(), group=",
+        "megatron_pdmd/training/trained_network.py",
+        "dist.all_reduce(values, group=",
+        "dist.all_reduce(values.cpu(), group=",
     ),
 }
 
@@ -84,7 +101,8 @@ def environment() -> dict[str, str]:
 @pytest.fixture(scope="module")
 def rehearsed(tiny: list[str]) -> dict[str, list]:
     """Exit code, stderr and report of each case; one process imports for all."""
-    flags = json.dumps([tiny + case for case in CASES.values()])
+    place = str(Path(tiny[tiny.index("--teacher") + 1]).parent)
+    flags = json.dumps([[flag.replace("PLACE", place) for flag in tiny + case] for case in CASES.values()])
     program = [sys.executable, str(HERE / "rehearse_cases.py")]
     ended = subprocess.run(program, input=flags, capture_output=True, text=True, timeout=900, env=environment())
     assert ended.returncode == 0, ended.stderr
