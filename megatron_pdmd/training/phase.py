@@ -22,7 +22,7 @@ from megatron_pdmd.training.networks import Networks, network_state
 from megatron_pdmd.training.not_finite import NotFiniteError, first_of_network
 from megatron_pdmd.training.optimizers.learning_rate import LearningRateSchedule
 from megatron_pdmd.training.pipelined.iterations import PipelinedIterations
-from megatron_pdmd.training.pipelined.parts import StageNetworks
+from megatron_pdmd.training.pipelined.parts import StageNetworks, StagePhase
 from megatron_pdmd.training.trained_network import TrainedNetwork, means_of, not_finite
 
 Metrics = dict[str, float]
@@ -223,17 +223,18 @@ class PhaseTrainer:
         trained = self._trained()
         names = {network: name for name, network in trained.items()}
         fake_score = {expert: names[network] for expert, network in self._fake_score.items()}
-        return PipelinedIterations(
-            self._config.parallel,
-            self._iteration,
-            StageNetworks(self._roles, trained, fake_score, self.index),
-            self._micro_batch,
-            self._count,
-            stages,
-            self._topology,
-            self._instruments,
-            (self._samples, len(self._prompts.negative)),
+        phase = StagePhase(
+            iteration=self._iteration,
+            networks=StageNetworks(self._roles, trained, fake_score, self.index),
+            micro_batch=self._micro_batch,
+            count=self._count,
+            samples=self._samples,
+            text_tokens=len(self._prompts.negative),
+            groups=stages,
+            topology=self._topology,
+            instruments=self._instruments,
         )
+        return PipelinedIterations(self._config.parallel, phase)
 
     def _entry(self, network: TrainedNetwork, metrics: Metrics) -> Metrics:
         """What to log of an update.
