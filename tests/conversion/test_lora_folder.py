@@ -81,7 +81,7 @@ def test_the_readmes_program_runs_in_diffusers(
     assert pipeline.config.boundary_ratio == sampling.boundary_ratio
     experts = [pipeline.transformer, pipeline.transformer_2][: len(bases)]
     for number, (expert, base) in enumerate(zip(experts, bases, strict=True), start=1):
-        linear = expert.blocks["0"].attn1.to_q
+        linear = expert.blocks[0].attn1.to_q
         stored = load_file(teacher / base / "diffusion_pytorch_model.safetensors")["blocks.0.attn1.to_q.weight"]
         assert torch.equal(linear.base_layer.weight, stored)
         assert torch.equal(

@@ -28,7 +28,9 @@ CASES = {
     "distributed optimizer": ["--dry-run", "4", *OVERLAPS, "--bf16", "--async-save"],
     "full generator": ["--dry-run", "2", "--generator", "full", "--ema-decay", "0.9"],
     "full generator in bf16": ["--dry-run", "2", *TP2, "--generator", "full", "--ema-decay", "0", "--bf16"],
-    "full recompute": ["--dry-run", "2", "--recompute-granularity", "full", "--bf16"],
+    "full recompute without sheets": [
+        *["--dry-run", "2", "--recompute-granularity", "full", "--bf16", "--sample-prompts", "0"],
+    ],
     "selective recompute": ["--dry-run", "2", "--recompute-granularity", "selective", "--bf16", "--async-save"],
     "one fake expert, shared starts": [
         *["--dry-run", "1", "--fake-experts", "single", "--bf16", "--phase-start-reuse", "6"],
@@ -52,7 +54,6 @@ CASES = {
             "0",
         ],
     ],
-    "no sheets": ["--dry-run", "2", "--sample-prompts", "0", "--bf16"],
     "plain kernels, everything timed and warmed up": [
         *["--dry-run", "1", "--kernel-backend", "reference", "--timing-log-level", "2", "--log-throughput"],
         *["--lr-decay-style", "cosine", "--lr-warmup-iters", "5"],
