@@ -29,24 +29,21 @@ class Layout:
     stages: int
     data: int = 1
     tensor: int = 1
-    context: int = 1
     distributed: bool = False
 
     @property
     def world(self) -> int:
-        return self.stages * self.data * self.tensor * self.context
+        return self.stages * self.data * self.tensor
 
     def start(self) -> Topology:
-        return initialize_topology(
-            tensor=self.tensor, context=self.context, pipeline=self.stages, sequence_parallel=self.tensor > 1
-        )
+        return initialize_topology(tensor=self.tensor, pipeline=self.stages, sequence_parallel=self.tensor > 1)
 
     def __str__(self) -> str:
-        sizes = f"pp{self.stages}-dp{self.data}-tp{self.tensor}-cp{self.context}"
+        sizes = f"pp{self.stages}-dp{self.data}-tp{self.tensor}"
         return f"{sizes}-distributed" if self.distributed else sizes
 
 
-LAYOUTS = [Layout(4), Layout(2, data=2, distributed=True), Layout(2, tensor=2), Layout(2, context=2)]
+LAYOUTS = [Layout(4), Layout(2, data=2, distributed=True), Layout(2, tensor=2)]
 # What is trained, and in what: the fake score's weights, an adapter.
 CASES = {"weights": (torch.bfloat16, None), "adapter": (torch.float32, "phase_1")}
 
